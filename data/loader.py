@@ -1,0 +1,180 @@
+"""Tokens to batches. The order of samples is a pure function of (seed, step), whatever the number of ranks.
+
+A window is `seq_len + 1` consecutive tokens at stride `seq_len`: its inputs, and its targets one further on.
+An epoch visits every window once, in an order that a keyed permutation computes without a table, so the
+loader has no state besides the step. Knows nothing of files, tokenizers or process groups.
+
+Dims: B rows of a batch, S tokens of a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moesaic.data.errors import DataError
+
+ROUNDS = 8
+WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step, or of one micro-batch of it. All int64, on the CPU."""
+
+    tokens: Int[Tensor, "B S"]
+    targets: Int[Tensor, "B S"]
+    """The next token; -1 is padding, which no loss counts."""
+    documents: Int[Tensor, "B S"]
+    """Index of the token's document within its row, from 0."""
+    rows: Int[Tensor, "B"]
+    """Index of the row within the step's global batch: `rows * S + s` is the global token index."""
+    samples: Int[Tensor, "B"]
+    """Which window of the corpus the row is."""
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that count."""
+        return int((self.targets >= 0).sum())
+
+    def split(self, micro_batches: int) -> "list[Batch]":
+        """The rows in order, in `micro_batches` parts whose sizes differ by at most one."""
+        if not 1 <= micro_batches <= len(self.rows):
+            raise ValueError(
+                f"micro_batches: {micro_batches} is not in 1..{len(self.rows)}, the number of rows"
+            )
+        fields = (self.tokens, self.targets, self.documents, self.rows, self.samples)
+        return [Batch(*parts) for parts in zip(*(f.tensor_split(micro_batches) for f in fields), strict=True)]
+
+
+class Loader:
+    """Training batches for one rank out of `ranks`, each with a contiguous share of the step's rows."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        mark: int,
+        seq_len: int,
+        sequences: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`sequences` is the number of rows of the global batch. DataError where there is no window."""
+        if not 0 <= rank < ranks <= sequences:
+            raise DataError(f"rank {rank} of {ranks} ranks gets no row of a batch of {sequences} sequences")
+        self.num_windows = (len(tokens) - 1) // seq_len
+        if self.num_windows < 1:
+            raise DataError(
+                f"data.seq_len: {seq_len} needs {seq_len + 1} tokens, the training text has {len(tokens)}; "
+                "give a smaller data.seq_len or more text"
+            )
+        self.tokens, self.mark, self.seq_len = np.asarray(tokens), mark, seq_len
+        self.sequences, self.seed = sequences, seed
+        self.rows = np.arange(rank * sequences // ranks, (rank + 1) * sequences // ranks)
+
+    def batch(self, step: int) -> Batch:
+        """The rows of this rank at this step: a pure function of (seed, step)."""
+        sample = step * self.sequences + self.rows
+        epochs, positions = np.divmod(sample, self.num_windows)
+        windows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = permute(positions[chosen], self.num_windows, seed=self.seed, epoch=int(epoch))
+        at = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        return _batch(self.tokens[at].astype(np.int64), mark=self.mark, rows=self.rows, samples=windows)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the corpus completed before this step."""
+        return step * self.sequences / self.num_windows
+
+    def state(self, step: int) -> dict[str, int]:
+        """All that decides the order from `step` on; two loaders of equal state give equal batches."""
+        return {
+            "step": step,
+            "seed": self.seed,
+            "sequences": self.sequences,
+            "seq_len": self.seq_len,
+            "tokens": len(self.tokens),
+        }
+
+
+def eval_batches(
+    tokens: np.ndarray, *, mark: int, seq_len: int, sequences: int, limit_tokens: int
+) -> Iterator[Batch]:
+    """Windows in order, `sequences` a batch, up to `limit_tokens` targets; the last window is padded.
+
+    Padding has target -1 and the mark as token. The last batch may have fewer rows.
+    """
+    tokens = tokens[: limit_tokens + 1]
+    if len(tokens) < 2:
+        raise DataError(
+            f"the held-out text has {len(tokens)} tokens, evaluation needs 2; "
+            "give more text or a larger data.eval_fraction"
+        )
+    num_windows = -(-(len(tokens) - 1) // seq_len)
+    for first in range(0, num_windows, sequences):
+        windows = np.arange(first, min(first + sequences, num_windows))
+        at = windows[:, None] * seq_len + np.arange(seq_len + 1)  # (B, S + 1)
+        inside = at < len(tokens)
+        ids = np.where(inside, tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64), mark)
+        batch = _batch(ids, mark=mark, rows=windows - first, samples=windows)
+        batch.targets[torch.from_numpy(~inside[:, 1:])] = -1
+        yield batch
+
+
+def permute(positions: np.ndarray, count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(count), keyed by (seed, epoch), sends the positions.
+
+    A balanced Feistel network on the next even number of bits; results beyond `count` walk on along their
+    cycle (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    if count == 1:
+        return np.zeros_like(positions)
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    keys = [_mix(_mix(_mix(seed & WORD) ^ epoch) + r & WORD) for r in range(ROUNDS)]
+    values = _feistel(positions.astype(np.uint64), half, keys)
+    while (outside := values >= count).any():
+        values[outside] = _feistel(values[outside], half, keys)
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: int, keys: list[int]) -> np.ndarray:
+    mask, bits = np.uint64((1 << half) - 1), np.uint64(half)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix_array(right ^ np.uint64(key)) & mask)
+    return left << bits | right
+
+
+def _mix(word: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014) on 64 bits."""
+    word = (word + 0x9E3779B97F4A7C15) & WORD
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & WORD
+    return word ^ word >> 31
+
+
+def _mix_array(words: np.ndarray) -> np.ndarray:
+    """`_mix` of each word; array arithmetic wraps around."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
+
+
+def _batch(ids: Int[np.ndarray, "B L"], *, mark: int, rows: np.ndarray, samples: np.ndarray) -> Batch:
+    tokens, targets = ids[:, :-1].copy(), ids[:, 1:].copy()  # a view of one row would share its memory
+    starts = tokens == mark
+    starts[:, 0] = False  # what a row begins with, mark or not, is its document 0
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        documents=torch.from_numpy(starts.cumsum(1)),
+        rows=torch.from_numpy(rows.copy()),
+        samples=torch.from_numpy(samples),
+    )

@@ -1,0 +1,66 @@
+"""Cross-entropy of a linear head, chunk by chunk: the (T, V) logits never exist as a whole.
+
+The gradients are computed with the loss, while a chunk's logits are at hand, and scaled in the backward pass.
+
+Dims: T tokens, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.kernels.combine import accumulation_dtype
+
+PADDING = -1
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        total = accumulation_dtype(hidden.dtype)
+        loss = hidden.new_zeros((), dtype=total)
+        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs else None
+        grad_weight = torch.zeros_like(weight, dtype=total) if needs else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
+            counted = labels != PADDING
+            labels = labels.clamp(min=0)
+            logits = (rows @ weight.T).to(total)  # (chunk, V)
+            picked = logits.gather(1, labels)
+            top = logits.amax(-1, keepdim=True)
+            norm = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            loss += ((norm.log() + top - picked) * counted).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad = logits.mul_(counted / norm)  # softmax, in place of the logits
+                grad.scatter_add_(1, labels, -counted.to(total))
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
+                if total == hidden.dtype:
+                    grad_weight.addmm_(grad.T, rows)
+                else:
+                    grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None, None
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "T D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " T"],
+    *,
+    chunk: int = 1024,
+) -> Float[Tensor, ""]:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; targets of -1 are padding and add nothing.
+
+    Softmax and sums are fp32 or better. No second derivative.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""Matrix products of consecutive groups of rows, each group with a matrix of its own.
+
+Knows nothing of tokens, routing or devices' number: rows come sorted by group, `counts` says how many each has.
+The CPU kernel is the reference. It runs in every dtype, float64 included, allocates exact rows (the library's
+`grouped_mm` leaves rows beyond the last offset uninitialised) and asks for no alignment.
+
+Dims: N rows, M groups, I inputs, O outputs.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def bounds(counts: Tensor) -> list[tuple[int, int]]:
+    """First and last-plus-one row of every group. A host synchronisation where counts are on an accelerator."""
+    ends = counts.cumsum(0).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _runs_grouped_mm(rows: Tensor, weights: Tensor) -> bool:
+    # torch's grouped_mm on CUDA: bf16 only on every generation, and strides of 16 bytes
+    aligned = rows.shape[-1] % 8 == 0 and weights.shape[-2] % 8 == 0
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned
+
+
+@torch.library.custom_op("moesaic::grouped_linear", mutates_args=())
+def _grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    if _runs_grouped_mm(rows, weights):
+        offsets = counts.cumsum(0).to(torch.int32)
+        return torch.nn.functional.grouped_mm(rows.contiguous(), weights.transpose(-2, -1), offs=offsets)
+    out = rows.new_empty(rows.shape[0], weights.shape[1])
+    for group, (start, end) in enumerate(bounds(counts)):
+        if end > start:
+            torch.mm(rows[start:end], weights[group].T, out=out[start:end])
+    return out
+
+
+@_grouped_linear.register_fake
+def _(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])
+
+
+@torch.library.custom_op("moesaic::grouped_outer", mutates_args=())
+def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """Per group, the transposed left rows times the right rows: (N, O), (N, I) -> (M, O, I)."""
+    out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+    for group, (start, end) in enumerate(bounds(counts)):
+        if end > start:
+            torch.mm(left[start:end].T, right[start:end], out=out[group])
+        else:
+            out[group].zero_()
+    return out
+
+
+@_grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weights, counts = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_rows = _grouped_linear(grad, weights.transpose(-2, -1), counts) if ctx.needs_input_grad[0] else None
+    grad_weights = _grouped_outer(grad, rows, counts) if ctx.needs_input_grad[1] else None
+    return grad_rows, grad_weights, None
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_save)
+
+
+def grouped_linear(
+    rows: Float[Tensor, "N I"], weights: Float[Tensor, "M O I"], counts: Int[Tensor, " M"]
+) -> Float[Tensor, "N O"]:
+    """Multiply the first `counts[0]` rows by `weights[0].T`, the next `counts[1]` by `weights[1].T`, and so on.
+
+    `counts` must sum to N; a group may be empty and then gets a zero gradient. Rows and weights share one dtype.
+    """
+    return _grouped_linear(rows, weights, counts)

@@ -1,0 +1,43 @@
+"""Root mean square normalisation (arXiv:1910.07467) with a hand-written gradient: two thirds of autograd's passes.
+
+Computes in fp32 or better and returns the input's dtype.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moesaic.kernels.combine import accumulation_dtype
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(accumulation_dtype(x.dtype))
+        inverse = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            .square_()
+            .div_(x.shape[-1])
+            .add_(eps)
+            .rsqrt_()
+        )
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = grads[0].to(inverse.dtype)
+        unit = x * inverse
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        share = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(unit, share, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "... D"]:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dim."""
+    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""Causal self-attention with grouped queries, rotary positions, and a cache for generation.
+
+Dims: B sequences, S positions, D width, H query heads, J key-value heads, C channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor, nn
+
+from moesaic.models.norm import RMSNorm
+from moesaic.models.rope import rotate
+
+
+class KeyValues:
+    """Keys and values of the positions seen so far, of one layer."""
+
+    def __init__(
+        self, batch: int, length: int, heads: int, channels: int, *, dtype: torch.dtype, device: torch.device
+    ):
+        self.keys = torch.empty(batch, length, heads, channels, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.used = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append, and return everything so far."""
+        end = self.used + keys.shape[1]
+        self.keys[:, self.used : end] = keys
+        self.values[:, self.used : end] = values
+        self.used = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) by PyTorch's fused kernels."""
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, channels: int, *, qk_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.splits = (heads, kv_heads, kv_heads)
+        self.channels = channels
+        self.qkv = nn.Parameter(torch.empty(sum(self.splits) * channels, dim))
+        self.out = nn.Parameter(torch.empty(dim, heads * channels))
+        nn.init.normal_(self.qkv, std=dim**-0.5)
+        nn.init.normal_(self.out, std=(heads * channels) ** -0.5)
+        self.q_norm = RMSNorm(channels, eps) if qk_norm else None
+        self.k_norm = RMSNorm(channels, eps) if qk_norm else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        turns: Complex[Tensor, "S 1 C2"],
+        mask: Bool[Tensor, "B 1 S L"] | None,
+        cache: KeyValues | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend to earlier positions; `mask` (True: may look) replaces the plain causal rule where it is given."""
+        heads = F.linear(x, self.qkv.to(x.dtype)).unflatten(-1, (-1, self.channels))  # (B, S, H + 2 J, C)
+        q, k, v = heads.split(self.splits, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, turns), rotate(k, turns)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and x.shape[1] > 1,
+            enable_gqa=self.splits[0] != self.splits[1],
+        )
+        return F.linear(attended.transpose(1, 2).flatten(-2), self.out.to(x.dtype))

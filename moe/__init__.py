@@ -1,0 +1,19 @@
+"""Mixtures of experts on one rank."""
+
+from moesaic.moe.balance import BalanceLoss, LayerStats, ZLoss, aux_loss
+from moesaic.moe.layer import MoE
+from moesaic.moe.routing import Plan, RouterInput, Routing, make_plan
+from moesaic.moe.topk import TopKRouter
+
+__all__ = [
+    "BalanceLoss",
+    "LayerStats",
+    "MoE",
+    "Plan",
+    "RouterInput",
+    "Routing",
+    "TopKRouter",
+    "ZLoss",
+    "aux_loss",
+    "make_plan",
+]

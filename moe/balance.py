@@ -1,0 +1,117 @@
+"""Auxiliary losses and load statistics as values.
+
+A term yields sums that add up over tokens, micro-batches of one scope and ranks; `finish` turns the reduced sums into
+its loss times the number of tokens, so that dividing by the step's token count gives the same value however the batch
+was cut. Nothing is kept between calls, so a recomputed forward pass counts nothing twice.
+
+Dims: T tokens, E experts, B sequences.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.moe.routing import RouterInput, Routing, tally
+
+Sums = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceLoss:
+    """`E * sum over experts of (share of assignments) * (mean probability)`: 1 at balance, E when one expert has all.
+
+    Sources: arXiv:2101.03961 eq. 4 (Switch), in the normalisation that is 1 for every K; arXiv:2412.19437 eq. 17
+    (sequence-wise). The probability is over all experts, before the choice.
+    """
+
+    kind: Literal["balance"] = "balance"
+    coef: float
+    """Factor of the loss, per layer; layers add up."""
+    scope: Literal["sequence", "micro_batch"] = "sequence"
+    """Tokens over which load is balanced. `sequence` is exact under every split of the batch; `micro_batch` is exact
+    across ranks for fixed micro-batches, but changes with the number of accumulation steps."""
+
+    def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
+        """Counts (B, E) without gradient and summed probabilities (B, E); B is 1 for `micro_batch`."""
+        members = membership(inputs, routing, per_sequence=self.scope == "sequence")  # (B, T)
+        chosen = torch.zeros_like(routing.probabilities, dtype=members.dtype)
+        chosen = chosen.index_put_((routing.tokens, routing.experts), members.new_ones(()), accumulate=True)
+        sums = members @ chosen.detach(), members @ routing.probabilities
+        return (balance_sum(*sums),) if self.scope == "sequence" else sums
+
+    def finish(self, sums: Sums) -> Float[Tensor, ""]:
+        """The loss times the number of counted tokens."""
+        return sums[0] if self.scope == "sequence" else balance_sum(*sums)
+
+
+def balance_sum(counts: Float[Tensor, "B E"], probabilities: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
+    """Sum over sequences of (tokens of the sequence) * (its balance loss); empty sequences add nothing."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return counts.shape[-1] * (shares * probabilities).sum()
+
+
+def membership(inputs: RouterInput, routing: Routing, *, per_sequence: bool) -> Float[Tensor, "B T"]:
+    """1 where a counted token belongs to a sequence: a product with it sums without atomics."""
+    like = routing.probabilities
+    if per_sequence and inputs.sequences is not None:
+        numbers = torch.arange(inputs.num_sequences, device=like.device)
+        members = (inputs.sequences == numbers[:, None]).to(like.dtype)
+    else:
+        members = like.new_ones(1, routing.num_tokens)
+    return members if inputs.valid is None else members * inputs.valid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZLoss:
+    """Mean over tokens of `logsumexp(logits)^2`: keeps router logits small (arXiv:2202.08906, eq. 5)."""
+
+    kind: Literal["z"] = "z"
+    coef: float
+    """Factor of the loss, per layer; layers add up."""
+
+    def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
+        squares = routing.logits.logsumexp(-1).square()
+        return ((squares if inputs.valid is None else squares * inputs.valid).sum(),)
+
+    def finish(self, sums: Sums) -> Float[Tensor, ""]:
+        """The loss times the number of counted tokens."""
+        return sums[0]
+
+
+AuxTerm = BalanceLoss | ZLoss
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one layer's routing of one micro-batch adds to losses, rules and metrics. Everything sums over tokens."""
+
+    layer: int
+    counts: Int[Tensor, " E"]
+    """Assignments per expert, of counted tokens."""
+    entropy: Float[Tensor, ""]
+    """Sum over counted tokens of the entropy of their probabilities, in nats."""
+    aux: tuple[tuple[AuxTerm, Sums], ...]
+
+
+def layer_stats(
+    routing: Routing, inputs: RouterInput, terms: tuple[AuxTerm, ...], num_experts: int
+) -> LayerStats:
+    """Collect the sums of one layer. Counts and entropy carry no gradient."""
+    with torch.no_grad():
+        counted = None if inputs.valid is None else inputs.valid[routing.tokens]
+        counts = tally(routing.experts, num_experts, counted)
+        entropies = torch.special.entr(routing.probabilities).sum(-1)
+        entropy = (entropies if inputs.valid is None else entropies * inputs.valid).sum()
+    aux = tuple((term, term.sums(routing, inputs)) for term in terms)
+    return LayerStats(inputs.layer, counts, entropy, aux)
+
+
+def aux_loss(layers: list[LayerStats], reduce: Callable[[Sums], Sums] = lambda sums: sums) -> Tensor | float:
+    """Sum over layers and terms of coefficient * loss * tokens; `reduce` adds the sums over the ranks of the scope."""
+    return sum(
+        (term.coef * term.finish(reduce(sums)) for layer in layers for term, sums in layer.aux), start=0.0
+    )

@@ -1,0 +1,88 @@
+"""Expert kinds, and the weights they run with.
+
+A kind is a pure function from weights and rows to rows; where the weights come from is a weight source's affair.
+
+Dims: N rows, D width, F hidden width, E experts of the bank, M experts that the source supplies.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moesaic.kernels.gated import gated_silu
+from moesaic.kernels.grouped_linear import grouped_linear
+
+ExpertKind = Literal["swiglu", "gelu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Matrices of M experts. A gated kind has two input matrices per expert, gate first."""
+
+    w1: Float[Tensor, "M G F D"]
+    w2: Float[Tensor, "M D F"]
+
+
+def input_matrices(kind: ExpertKind) -> int:
+    """How many matrices lead into the hidden layer: 2 for gated kinds, else 1."""
+    return 2 if kind == "swiglu" else 1
+
+
+def activate(kind: ExpertKind, hidden: Float[Tensor, "N GF"]) -> Float[Tensor, "N F"]:
+    """The hidden layer's non-linearity: SwiGLU (arXiv:2002.05202), GELU, or squared ReLU (arXiv:2109.08668)."""
+    if kind == "swiglu":
+        return gated_silu(hidden)
+    return F.gelu(hidden) if kind == "gelu" else F.relu(hidden).square()
+
+
+class WeightSource(Protocol):
+    """Supplies the weights of the experts that are on this rank."""
+
+    def weights(self, dtype: torch.dtype) -> Weights: ...
+
+
+class Bank(nn.Module):
+    """A named set of equal experts: their master weights. Layers refer to a bank; two layers may share one."""
+
+    def __init__(self, name: str, num_experts: int, kind: ExpertKind, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.name = name
+        self.num_experts = num_experts
+        self.kind: ExpertKind = kind
+        self.w1 = nn.Parameter(torch.empty(num_experts, input_matrices(kind), hidden, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        nn.init.normal_(self.w1, std=dim**-0.5)
+        nn.init.normal_(self.w2, std=hidden**-0.5)
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """All experts, in the compute type. A bank is the weight source of a single rank."""
+        return Weights(self.w1.to(dtype), self.w2.to(dtype))
+
+
+class Experts(nn.Module):
+    """Rows through the experts of a weight source. Holds no parameters of its own."""
+
+    def __init__(self, kind: ExpertKind, source: WeightSource) -> None:
+        super().__init__()
+        self.kind: ExpertKind = kind
+        self._source = (
+            source,
+        )  # in a tuple: the source's parameters belong to the module that registers them
+
+    @property
+    def source(self) -> WeightSource:
+        return self._source[0]
+
+    def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]) -> Float[Tensor, "N D"]:
+        """The first `counts[0]` rows go through the first expert, and so on."""
+        return run_experts(self.kind, self.source.weights(rows.dtype), rows, counts)
+
+
+def run_experts(kind: ExpertKind, weights: Weights, rows: Tensor, counts: Tensor) -> Tensor:
+    """Two grouped products with the kind's non-linearity between them."""
+    hidden = grouped_linear(rows, weights.w1.flatten(1, 2), counts)
+    return grouped_linear(activate(kind, hidden), weights.w2, counts)

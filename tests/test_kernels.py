@@ -1,0 +1,157 @@
+"""Every op against plain code: values, all gradients, odd and empty sizes, memory poisoned with NaN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from references import largest_error
+
+from moesaic.kernels.combine import combine_rows, gather_rows, sum_rows
+from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.kernels.gated import gated_silu
+from moesaic.kernels.grouped_linear import grouped_linear
+from moesaic.kernels.rms_norm import rms_norm
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+COUNTS = [[3, 0, 5, 1], [0, 0, 0], [0, 0, 7], [7, 0, 0], [513], [1] * 9, [130, 0, 1, 382]]
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations get."""
+    for size in (64, 1000, 20_000, 200_000):
+        torch.full((size,), float("nan"))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_grouped_linear_is_a_product_per_group(counts: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(sum(counts), 7, dtype=torch.float64)
+    weights = torch.randn(len(counts), 5, 7, dtype=torch.float64)
+    grad = torch.randn(sum(counts), 5, dtype=torch.float64)
+    exact = [t.to(dtype).to(torch.float64).requires_grad_() for t in (rows, weights)]
+    parts = [r @ w.T for r, w in zip(exact[0].split(counts), exact[1], strict=True)]
+    want = torch.cat(parts)
+    want.backward(grad.to(dtype).to(torch.float64))
+
+    poison()
+    given = [t.to(dtype).requires_grad_() for t in (rows, weights)]
+    got = grouped_linear(given[0], given[1], torch.tensor(counts))
+    got.backward(grad.to(dtype))
+    for ours, theirs in [(got, want), *((g.grad, e.grad) for g, e in zip(given, exact, strict=True))]:
+        assert ours is not None
+        assert theirs is not None
+        assert ours.dtype == dtype
+        assert largest_error(ours.double(), theirs) < TOLERANCE[dtype]
+
+
+def test_grouped_linear_op_is_consistent() -> None:
+    rows = torch.randn(6, 8, requires_grad=True)
+    weights = torch.randn(3, 4, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.moesaic.grouped_linear.default, (rows, weights, torch.tensor([2, 0, 4])))
+
+
+def assignments(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None]:
+    """tokens of rows, row of each assignment, CSR offsets, T, K."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "regular":
+        tokens = torch.arange(7).repeat_interleave(3)
+    elif kind == "ragged":
+        tokens = torch.tensor([0, 0, 2, 2, 2, 5])
+    else:
+        tokens = torch.zeros(0, dtype=torch.int64)
+    row_of = torch.randperm(tokens.shape[0], generator=generator)
+    by_row = torch.empty_like(tokens)
+    by_row[row_of] = tokens
+    offsets = F.pad(torch.bincount(tokens, minlength=7).cumsum(0), (1, 0))
+    return by_row, row_of, offsets, 7, 3 if kind == "regular" else None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["regular", "ragged", "none"])
+def test_gather_and_combine(kind: str, dtype: torch.dtype) -> None:
+    tokens, where, offsets, count, k = assignments(kind)
+    torch.manual_seed(0)
+    total = tokens.shape[0]
+    x = torch.randn(count, 5, dtype=torch.float64).to(dtype)
+    weights = torch.rand(total, dtype=torch.float64).to(dtype if dtype == torch.float64 else torch.float32)
+    grad = torch.randn(count, 5, dtype=torch.float64).to(dtype)
+
+    def run(x: torch.Tensor, weights: torch.Tensor, *, ours: bool) -> torch.Tensor:
+        if ours:
+            rows = gather_rows(x, tokens, where, offsets, per_token=k)
+            return combine_rows(rows * 2, weights, tokens, where, offsets, per_token=k)
+        y = x * 0
+        for assignment in range(total):
+            row = int(where[assignment])
+            onto = F.one_hot(tokens[row], count).to(x.dtype)[:, None]
+            y = y + onto * (weights[assignment] * 2 * x[tokens[row]])
+        return y
+
+    results = []
+    for ours in (True, False):
+        poison()
+        leaves = [t.clone().requires_grad_() if ours else t.double().requires_grad_() for t in (x, weights)]
+        y = run(leaves[0], leaves[1], ours=ours)
+        (y.to(grad.dtype if ours else torch.float64) * grad).sum().backward()
+        results.append(
+            [y, *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        assert largest_error(ours.double(), theirs) < TOLERANCE[dtype]
+
+
+def test_sums_have_a_fixed_order() -> None:
+    rows = torch.randn(512 * 3, 64)
+    where = torch.randperm(512 * 3)
+    offsets = torch.arange(513) * 3
+    first = sum_rows(rows, where, offsets, per_token=3)
+    assert all(torch.equal(first, sum_rows(rows, where, offsets, per_token=3)) for _ in range(3))
+
+
+def test_rms_norm_gradients() -> None:
+    x = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    want = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), want)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+
+
+def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
+    x = torch.randn(64, 300).to(torch.bfloat16)
+    weight = torch.randn(300)
+    want = F.rms_norm(x.float(), (300,), weight, 1e-6).to(torch.bfloat16)
+    got = rms_norm(x, weight, 1e-6)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want) or largest_error(got.float(), want.float()) < 2**-8
+
+
+def test_gated_silu_gradients() -> None:
+    hidden = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gated_silu(hidden), F.silu(hidden[:, :5]) * hidden[:, 5:])
+    assert torch.autograd.gradcheck(gated_silu, (hidden,))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_linear_cross_entropy(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (9,))
+    targets[[2, 8]] = -1
+    want = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")
+    grads = torch.autograd.grad(want * 3, (hidden, weight))
+    got = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(torch.autograd.grad(got * 3, (hidden, weight)), grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_linear_cross_entropy_of_huge_logits_and_padding_only() -> None:
+    hidden = torch.full((2, 3), 1e4, requires_grad=True)
+    weight = torch.tensor([[1.0, 1, 1], [-1, -1, -1]], requires_grad=True)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 1])).item() == pytest.approx(6e4)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([-1, -1]))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

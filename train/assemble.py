@@ -1,0 +1,117 @@
+"""Put together what a run needs, from its configuration: for training, evaluation and generation alike."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.data.tokenizer import Tokenizer, load_tokenizer
+from moesaic.models.names import logical_tensors
+from moesaic.models.transformer import Transformer
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.storage import DamagedCheckpointError
+from moesaic.train.checkpoints import Checkpoints
+from moesaic.train.config import RunConfig
+from moesaic.train.device import Device, choose_device
+from moesaic.train.optim import build_optimizer, optimizer_tensors
+from moesaic.train.rules import Rule, rules_of
+from moesaic.train.step import Compute
+
+
+@dataclass
+class Trainee:
+    """A model and everything that a step changes."""
+
+    model: Transformer
+    optimizer: torch.optim.AdamW
+    rules: list[Rule]
+    compute: Compute
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state by logical name: what a checkpoint holds and a resumed run restores in place."""
+        model = {name: tensor.detach() for name, tensor in logical_tensors(self.model).items()}
+        return model | optimizer_tensors(self.model, self.optimizer)
+
+
+def build_trainee(run: RunConfig, vocab: int, device: Device) -> Trainee:
+    """A fresh model on its device, with its optimizer and rules."""
+    model = Transformer(run.model, vocab, seed=run.seed).to(device.device)
+    optimizer = build_optimizer(model, run.optim)
+    parallelize(model, run.parallel)
+    return Trainee(model, optimizer, rules_of(model), compute_of(run, device))
+
+
+def compute_of(run: RunConfig, device: Device) -> Compute:
+    """How forward passes of this run compute."""
+    return Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents)
+
+
+@dataclass
+class Restored:
+    """A trained model, ready to evaluate or to write."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    compute: Compute
+    step: int
+    meta: dict[str, Any]
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each token stands for."""
+        return self.tokenizer.token_bytes()
+
+
+def restore_run(run: RunConfig, folder: Path, *, step: int | None, say: Callable[[str], None]) -> Restored:
+    """Load the newest whole checkpoint of the run in `folder`, or that of `step`.
+
+    Damaged ones are left out, with a word to `say`, unless `step` asks for one. Raises ValueError where none is left.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint, say=say)
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"{folder}: holds no checkpoint; train the run first")
+    if step is not None and step not in steps:
+        raise ValueError(
+            f"{folder}: holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+        )
+    for candidate in [step] if step is not None else reversed(steps):
+        try:
+            return load_model(run, folder, checkpoints.path(candidate))
+        except DamagedCheckpointError as error:
+            if step is not None:
+                raise
+            say(f"the checkpoint of step {candidate} is damaged and left out: {error}")
+    raise ValueError(f"{folder}: every checkpoint is damaged (steps {', '.join(map(str, steps))})")
+
+
+def load_model(run: RunConfig, folder: Path, checkpoint: Path) -> Restored:
+    """The model of one checkpoint."""
+    from moesaic.parallel.checkpoint import read_meta, read_tensors  # slow to import
+
+    meta = read_meta(checkpoint)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.digest != meta["tokenizer"]:
+        raise ValueError(
+            f"{folder / 'tokenizer'}: is not the tokenizer that {checkpoint} was trained with; restore it"
+        )
+    device = choose_device(run.train, stored_precision=meta["precision"])
+    model = Transformer(run.model, tokenizer.vocab, seed=run.seed)
+    into = logical_tensors(model)
+    for name, tensor in read_tensors(checkpoint, into).items():
+        if tensor.shape != into[name].shape:
+            raise ValueError(
+                f"{checkpoint}: {name} has shape {tuple(tensor.shape)}, the model {tuple(into[name].shape)}"
+            )
+        into[name].detach().copy_(tensor)
+    return Restored(model.to(device.device), tokenizer, compute_of(run, device), meta["step"], meta)
+
+
+def print_warning(message: str) -> None:
+    """For commands whose standard output is their result."""
+    print(f"warning: {message}", file=sys.stderr)

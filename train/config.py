@@ -1,0 +1,133 @@
+"""The run: every key of a config file, and the checks that need more than one key.
+
+A frozen dataclass holds each section. Fields say what they mean; a field's own rule is in its `__post_init__`; rules
+across fields are in `RunConfig.check`. Reading YAML, overriding and reporting belong to `launch/`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moesaic.data.config import DataConfig
+from moesaic.models.transformer import Transformer
+from moesaic.parallel.config import ParallelConfig
+from moesaic.train.checkpoints import CheckpointConfig
+from moesaic.train.optim import AdamWConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How much to train, and in which arithmetic."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_tokens: int
+    """Tokens per optimizer step, over all ranks and micro-batches. A multiple of `data.seq_len`."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass. None: the whole batch at once. Must divide `batch_tokens`."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of matrix products. `auto`: bf16 where the device is faster with it. Masters stay fp32."""
+    threads: int | None = None
+    """CPU threads of one rank. None: as many as the machine has cores."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch_tokens", "micro_batch_tokens", "threads")
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_tokens // (self.micro_batch_tokens or self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out text during training, and the samples at its end."""
+
+    every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    tokens: int = 65536
+    """Held-out tokens per evaluation (at most what the corpus holds)."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings of the sample texts written at the end of a run. None: no samples."""
+    sample_tokens: int = 120
+    """Tokens per sample."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the smallest set of tokens with this much probability."""
+
+    def __post_init__(self) -> None:
+        positive(self, "tokens", "sample_tokens")
+        if self.every < 0:
+            raise ValueError(f"every: {self.every} is negative; give a number of steps, or 0")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature} is negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down while training."""
+
+    every: int = 10
+    """Steps between lines of `metrics.jsonl` and of the progress display."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to `runs/<name>/tensorboard`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `name` and the sections without defaults are required."""
+
+    version: Literal[1] = FORMAT_VERSION
+    """Format of this file."""
+    name: str
+    """The run's folder is `dir/name`."""
+    dir: str = "runs"
+    """Where runs go."""
+    seed: int = 0
+    """Fixes initial weights, order of samples and all noise."""
+    model: Transformer.Config
+    data: DataConfig
+    train: TrainConfig
+    optim: AdamWConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable() or self.name in ("", ".", "..") or set(self.name) & set("/\\"):
+            raise ValueError(f"name: {self.name!r} cannot name a folder")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed: {self.seed} is not in 0 to 2^63 - 1")
+
+    def check(self, world_size: int = 1) -> None:
+        """Raise ValueError, naming the field, for every combination that cannot run on `world_size` ranks."""
+        seq_len, batch = self.data.seq_len, self.train.batch_tokens
+        micro = self.train.micro_batch_tokens or batch
+        if batch % seq_len:
+            raise ValueError(f"train.batch_tokens: {batch} is not a multiple of data.seq_len = {seq_len}")
+        if micro % seq_len:
+            raise ValueError(
+                f"train.micro_batch_tokens: {micro} is not a multiple of data.seq_len = {seq_len}"
+            )
+        if batch % micro:
+            raise ValueError(
+                f"train.micro_batch_tokens: {micro} does not divide train.batch_tokens = {batch}"
+            )
+        self.parallel.check(world_size)
+        self.optim.schedule.check(self.train.steps)
+
+
+def positive(config: object, *fields: str) -> None:
+    """Raise ValueError where one of the numbers is set and below 1."""
+    for name in fields:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value} is not positive")

@@ -1,0 +1,186 @@
+"""The loop of a run: steps, records, evaluations, checkpoints, until the end, a stop request or a NaN."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesaic.data.loader import Batch, Loader
+from moesaic.data.prepared import Prepared
+from moesaic.train.assemble import Trainee
+from moesaic.train.checkpoints import Checkpoints
+from moesaic.train.config import RunConfig
+from moesaic.train.device import Device, peak_flops, peak_memory, precision_name
+from moesaic.train.display import Display
+from moesaic.train.evaluate import bits_per_byte, evaluate, held_out, target_bytes
+from moesaic.train.facts import Evaluation, Progress
+from moesaic.train.health import CollapseWatch, LayerLoad, health_record, imbalance
+from moesaic.train.nonfinite import explain, save_batch
+from moesaic.train.profiling import Profiler
+from moesaic.train.step import NonFiniteError, Sums, accumulate, update
+from moesaic.train.stopping import StopRequest
+from moesaic.train.writers import MetricsWriter
+
+
+@dataclass
+class Tally:
+    """What a run remembers besides tensors; stored with every checkpoint."""
+
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Time spent in steps, all starts together."""
+    best: dict[str, float] = field(default_factory=dict)
+    """The evaluation with the lowest loss: loss, bits_per_byte, step."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The latest evaluation."""
+
+
+@dataclass
+class Loop:
+    """Everything that steps need. `run` returns how it ended, in words."""
+
+    config: RunConfig
+    folder: Path
+    trainee: Trainee
+    loader: Loader
+    prepared: Prepared
+    device: Device
+    flops_per_token: int
+    """Of a training step."""
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    display: Display
+    profiler: Profiler | None
+    tally: Tally
+
+    def __post_init__(self) -> None:
+        self.watch = CollapseWatch()
+        self.token_bytes = self.prepared.tokenizer.token_bytes()
+        self.peak = peak_flops(self.device)
+        self.loads: list[LayerLoad] = []
+
+    def run(self, stop: StopRequest) -> str:
+        """Train from the tally's step on. A stop request is honoured after the step, and saved."""
+        total = self.config.train.steps
+        while self.tally.step < total:
+            started = time.perf_counter()
+            batch = self.loader.batch(self.tally.step)
+            try:
+                sums, metrics = self.step(batch)
+            except NonFiniteError as error:
+                return self.fail(batch, error)
+            seconds = time.perf_counter() - started
+            self.tally.step += 1
+            self.tally.seconds += seconds
+            self.report(sums, metrics, batch, seconds)
+            done, every = self.tally.step, self.config.eval.every
+            if done == total or (every and done % every == 0):
+                self.evaluate()
+            if stop.signal is not None or self.checkpoints.due(done, total):
+                self.save()
+            if stop.signal is not None and done < total:
+                self.checkpoints.wait()
+                return f"stopped by {stop.signal}"
+        self.checkpoints.wait()
+        return "finished"
+
+    def step(self, batch: Batch) -> tuple[Sums, dict[str, float]]:
+        """One optimizer step on a global batch."""
+        config, trainee, step = self.config, self.trainee, self.tally.step
+        parts = config.train.micro_batches
+        sums = accumulate(trainee.model, batch, trainee.compute, micro_batches=parts, step=step)
+        steps = config.train.steps
+        metrics = update(
+            trainee.model,
+            trainee.optimizer,
+            sums,
+            config=config.optim,
+            step=step,
+            steps=steps,
+            rules=trainee.rules,
+        )
+        if self.profiler is not None:
+            self.profiler.step()
+        return sums, metrics
+
+    def report(self, sums: Sums, metrics: dict[str, float], batch: Batch, seconds: float) -> None:
+        """Show the step and, where one is due, write its record. All of a record but `time/` is reproducible."""
+        step = self.tally.step
+        bpb = bits_per_byte(metrics["loss"] * sums.tokens, target_bytes(batch, self.token_bytes))
+        self.loads = [
+            LayerLoad(
+                layer=layer, counts=s.counts, tokens=sums.tokens, entropy=float(s.entropy) / sums.tokens
+            )
+            for layer, s in sorted(sums.layers.items())
+        ]
+        speed = sums.tokens / seconds
+        progress = Progress(
+            step=step,
+            loss=metrics["loss"],
+            bits_per_byte=bpb,
+            tokens_per_second=speed,
+            mfu=speed * self.flops_per_token / self.peak if self.peak else None,
+            imbalance=imbalance(self.loads),
+            memory=peak_memory(self.device.device),
+            learning_rate=metrics["lr"],
+            grad_norm=metrics["grad_norm"],
+        )
+        self.display.step(progress)
+        if step % self.config.log.every and step != self.config.train.steps:
+            return
+        record: dict[str, Any] = {"step": step, "tokens": step * self.config.train.batch_tokens}
+        record |= {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
+        record["train/bits_per_byte"] = bpb
+        for layer, layer_sums in sorted(sums.layers.items()):
+            for kind, value in layer_sums.aux.items():
+                record[f"layer_{layer:02d}/{kind}_loss"] = float(value) / sums.tokens
+        record |= health_record(self.loads)
+        record |= {"time/seconds": self.tally.seconds, "time/tokens_per_second": speed}
+        record["time/memory"] = progress.memory
+        self.metrics.append(record)
+        for warning in self.watch.update(self.loads):
+            self.display.warn(warning)
+
+    def evaluate(self) -> None:
+        """Measure held-out loss and remember the best."""
+        config, step = self.config, self.tally.step
+        started = time.perf_counter()
+        batches = held_out(config, self.prepared, limit=config.eval.tokens)
+        result = evaluate(self.trainee.model, batches, self.trainee.compute, self.token_bytes)
+        self.tally.last = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "step": step}
+        best = not self.tally.best or result.loss < self.tally.best["loss"]
+        if best:
+            self.tally.best = dict(self.tally.last)
+        self.metrics.append(
+            {"step": step, "eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
+        )
+        shown = Evaluation(
+            step=step,
+            loss=result.loss,
+            bits_per_byte=result.bits_per_byte,
+            seconds=time.perf_counter() - started,
+            best=best,
+        )
+        self.display.evaluation(shown, self.loads)
+
+    def save(self) -> None:
+        """Save tensors and tally under the number of steps done."""
+        meta = {
+            **asdict(self.tally),
+            "loader": self.loader.state(self.tally.step),
+            "tokenizer": self.prepared.tokenizer.digest,
+            "precision": precision_name(self.device.dtype),
+        }
+        self.checkpoints.save(self.tally.step, self.trainee.tensors(), meta)
+
+    def fail(self, batch: Batch, error: NonFiniteError) -> str:
+        """Say where the NaN comes from and keep the batch; earlier checkpoints stay as they are."""
+        step = self.tally.step
+        trainee, parts = self.trainee, self.config.train.micro_batches
+        where = explain(trainee.model, batch, trainee.compute, micro_batches=parts, step=step)
+        path = self.folder / f"nonfinite_step_{step:08d}.safetensors"
+        save_batch(batch, path, step=step)
+        self.display.warn(f"step {step}: {error}; {where}; its batch is in {path}")
+        self.checkpoints.wait()
+        return f"failed at step {step}: {where}"

@@ -1,0 +1,191 @@
+"""AdamW with per-group rules, learning-rate schedules, and clipping by the global norm."""
+
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.models.names import logical_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to `final`."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    final: float = 0.1
+    """Last learning rate, as a share of the highest."""
+
+    def __post_init__(self) -> None:
+        check_common(self.warmup, self.final)
+
+    def check(self, steps: int) -> None:
+        if self.warmup >= steps:
+            raise ValueError(f"optim.schedule.warmup: {self.warmup} is not below train.steps = {steps}")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the highest learning rate in step 0 to steps - 1."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step + 1 - self.warmup) / (steps - self.warmup)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wsd:
+    """Linear warm-up, a constant stretch, and a linear decay to `final` (warm-up, stable, decay: arXiv:2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.2
+    """Share of all steps over which the rate falls."""
+    final: float = 0.0
+    """Last learning rate, as a share of the highest."""
+
+    def __post_init__(self) -> None:
+        check_common(self.warmup, self.final)
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: {self.decay} is not in (0, 1]")
+
+    def check(self, steps: int) -> None:
+        if self.warmup + self.decay_steps(steps) > steps:
+            raise ValueError(
+                f"optim.schedule.warmup: {self.warmup} and the decay of {self.decay_steps(steps)} steps "
+                f"do not fit into train.steps = {steps}"
+            )
+
+    def decay_steps(self, steps: int) -> int:
+        return max(1, round(self.decay * steps))
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the highest learning rate in step 0 to steps - 1."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        left = steps - 1 - step
+        return min(1.0, self.final + (1 - self.final) * left / self.decay_steps(steps))
+
+
+def check_common(warmup: int, final: float) -> None:
+    if warmup < 0:
+        raise ValueError(f"warmup: {warmup} is negative")
+    if not 0 <= final <= 1:
+        raise ValueError(f"final: {final} is not in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRule:
+    """Settings of the parameters whose logical name matches a pattern. The first rule that matches counts."""
+
+    match: str
+    """Pattern such as `*.router.gate` or `banks.*`."""
+    lr: float = 1.0
+    """Factor on the learning rate."""
+    weight_decay: float | None = None
+    """Instead of the optimizer's own."""
+
+    def __post_init__(self) -> None:
+        if self.lr < 0:
+            raise ValueError(f"lr: {self.lr} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW (arXiv:1711.05101). Tensors of one dimension are not decayed."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float
+    """Highest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decay per step, as a share of the learning rate."""
+    clip: float | None = 1.0
+    """Largest global gradient norm. None: no clipping."""
+    schedule: Cosine | Wsd = field(default_factory=Cosine)
+    groups: tuple[GroupRule, ...] = ()
+    """Exceptions by parameter name."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr: {self.lr} is not positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas} are not in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"eps: {self.eps} is not positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay} is negative")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: {self.clip} is not positive; null turns clipping off")
+
+
+def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """One group per distinct (learning rate factor, decay). Raises ValueError for a rule that matches nothing."""
+    parameters = {n: t for n, t in logical_tensors(model).items() if isinstance(t, nn.Parameter)}
+    unused = {rule.match for rule in config.groups}
+    members: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), None)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        if rule is not None:
+            unused.discard(rule.match)
+            decay = decay if rule.weight_decay is None else rule.weight_decay
+        members.setdefault((rule.lr if rule else 1.0, decay), []).append(parameter)
+    if unused:
+        known = ", ".join(sorted(parameters)[:8])
+        raise ValueError(f"optim.groups: {sorted(unused)} match no parameter; names are {known}, ...")
+    groups = [
+        {"params": found, "factor": factor, "weight_decay": decay}
+        for (factor, decay), found in members.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # as the optimizer would at its first step: a checkpoint of step 0 then holds the same tensors as any other
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state under `optim.<kind of state>.<logical name>`."""
+    named = logical_tensors(model)
+    return {
+        f"optim.{kind}.{name}": state
+        for name, parameter in named.items()
+        if parameter in optimizer.state
+        for kind, state in optimizer.state[parameter].items()
+    }
+
+
+@torch.no_grad()
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """Joint 2-norm of all gradients."""
+    return nn.utils.get_total_norm(gradients(parameters))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[Tensor], norm: float, limit: float) -> None:
+    """Scale all gradients in place so that their joint norm, now `norm`, is at most `limit`."""
+    if norm > limit:
+        torch._foreach_mul_(gradients(parameters), limit / norm)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

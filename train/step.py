@@ -1,0 +1,125 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, update, rules.
+
+The loss is the mean over the counted tokens of the global batch, so every micro-batch adds its sum divided by that
+count, and the gradient does not depend on how the batch was cut.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moesaic.data.loader import Batch
+from moesaic.models.transformer import Output, Transformer
+from moesaic.moe.balance import aux_loss
+from moesaic.moe.routing import Mode
+from moesaic.train.optim import AdamWConfig, clip_gradients, gradient_norm, set_learning_rate
+from moesaic.train.rules import Rule, StepState
+
+
+@dataclass
+class LayerSums:
+    """What one sparse layer's routing added up to over the global batch."""
+
+    counts: Tensor
+    entropy: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    """By kind of term: its loss times tokens, before the coefficient."""
+
+
+@dataclass
+class Sums:
+    """Totals of a global batch."""
+
+    tokens: int
+    loss: Tensor
+    """Nats."""
+    layers: dict[int, LayerSums] = field(default_factory=dict)
+
+    def add(self, output: Output) -> None:
+        """Add a micro-batch."""
+        assert output.loss is not None
+        self.loss = self.loss + output.loss.detach()
+        for stats in output.layers:
+            sums = self.layers.setdefault(
+                stats.layer, LayerSums(torch.zeros_like(stats.counts), torch.zeros_like(stats.entropy))
+            )
+            sums.counts += stats.counts
+            sums.entropy += stats.entropy
+            for term, values in stats.aux:
+                finished = term.finish(tuple(value.detach() for value in values))
+                sums.aux[term.kind] = sums.aux.get(term.kind, 0) + finished
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradient is NaN or infinite. The weights are still those before the step."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a forward pass runs: what is the same for all steps of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int = 0
+    mask_documents: bool = True
+
+    def forward(self, model: Transformer, batch: Batch, *, mode: Mode, step: int = 0) -> Output:
+        """The loss of one micro-batch."""
+        move = {"device": self.device, "non_blocking": True}
+        documents = batch.documents.to(**move) if self.mask_documents else None
+        return model(
+            batch.tokens.to(**move),
+            batch.targets.to(**move),
+            mode=mode,
+            documents=documents,
+            rows=batch.rows.to(**move),
+            step=step,
+            seed=self.seed,
+            dtype=self.dtype,
+        )
+
+
+def accumulate(model: Transformer, batch: Batch, compute: Compute, *, micro_batches: int, step: int) -> Sums:
+    """Add the gradient of the global batch's mean loss, auxiliary terms included, to every parameter's `grad`."""
+    total = max(1, batch.num_targets)
+    sums = Sums(total, torch.zeros((), device=compute.device))
+    for part in batch.split(micro_batches):
+        output = compute.forward(model, part, mode="train", step=step)
+        assert output.loss is not None
+        ((output.loss + aux_loss(output.layers)) / total).backward()
+        sums.add(output)
+    return sums
+
+
+def update(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    sums: Sums,
+    *,
+    config: AdamWConfig,
+    step: int,
+    steps: int,
+    rules: list[Rule],
+) -> dict[str, float]:
+    """Clip, step, clear gradients and apply the rules. Returns metrics.
+
+    Raises NonFiniteError, with weights, optimizer and rules untouched, where the loss or the gradient is not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss = sums.loss.item() / sums.tokens
+    norm = gradient_norm(parameters).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+    if config.clip is not None:
+        clip_gradients(parameters, norm, config.clip)
+    lr = config.lr * config.schedule.factor(step, steps)
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
+    state = StepState(step, {layer: layer_sums.counts for layer, layer_sums in sums.layers.items()})
+    for rule in rules:
+        metrics |= rule(model, state)
+    return metrics
