@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Two workers halve the time of the tests on two cores; every worker computes on one thread.
-WORKERS ?= 2
+# Worker processes of pytest, each on one thread; 0: none. Two doubled the processor time, so they are not the default.
+WORKERS ?= 0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

@@ -32,12 +32,16 @@ def sum_rows(
     """
     total = accumulation_dtype(rows.dtype)
     if per_token is not None:
-        picks = where.unflatten(0, (-1, per_token))  # (T, K)
-        scales = None if weights is None else weights.to(total).unflatten(0, (-1, per_token))
-        out = rows.new_zeros(picks.shape[0], rows.shape[1], dtype=total)
-        for k in range(per_token):
-            picked = rows.index_select(0, picks[:, k])
-            out = out.add_(picked) if scales is None else out.addcmul_(picked, scales[:, k, None])
+        picks = where.unflatten(0, (-1, per_token)).unbind(1)  # K of (T,)
+        out = rows.index_select(0, picks[0]).to(total)
+        if weights is None:
+            for pick in picks[1:]:
+                out.add_(rows.index_select(0, pick))
+            return out.to(rows.dtype)
+        scales = weights.to(total).unflatten(0, (-1, per_token)).unsqueeze(-1).unbind(1)  # K of (T, 1)
+        out.mul_(scales[0])
+        for pick, scale in zip(picks[1:], scales[1:], strict=True):
+            out.addcmul_(rows.index_select(0, pick), scale)
         return out.to(rows.dtype)
     picked = rows.index_select(0, where).to(total)
     if weights is not None:

@@ -14,16 +14,18 @@ from torch import Tensor
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
         gate, up = hidden.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        sigmoid = gate.sigmoid()  # kept: the exponential costs more than reading it again
+        ctx.save_for_backward(hidden, sigmoid)
+        return (gate * sigmoid).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (hidden,) = ctx.saved_tensors
+        hidden, sigmoid = ctx.saved_tensors
         gate, up = hidden.chunk(2, -1)
-        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return torch.cat([grad_gate, F.silu(gate).mul_(grads[0])], -1)
+        silu = gate * sigmoid
+        slope = silu.sub(1).neg_().mul_(sigmoid).add_(silu)  # of silu: sigmoid * (1 - silu) + silu
+        return torch.cat([slope.mul_(up).mul_(grads[0]), silu.mul_(grads[0])], -1)
 
 
 def gated_silu(hidden: Float[Tensor, "... F2"]) -> Float[Tensor, "... F"]:

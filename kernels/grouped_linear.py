@@ -12,12 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def bounds(counts: Tensor) -> list[tuple[int, int]]:
-    """First and last-plus-one row of every group. A host synchronisation where counts are on an accelerator."""
-    ends = counts.cumsum(0).tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
 def _runs_grouped_mm(rows: Tensor, weights: Tensor) -> bool:
     # torch's grouped_mm on CUDA: bf16 only on every generation, and strides of 16 bytes
     aligned = rows.shape[-1] % 8 == 0 and weights.shape[-2] % 8 == 0
@@ -30,9 +24,12 @@ def _grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         offsets = counts.cumsum(0).to(torch.int32)
         return torch.nn.functional.grouped_mm(rows.contiguous(), weights.transpose(-2, -1), offs=offsets)
     out = rows.new_empty(rows.shape[0], weights.shape[1])
-    for group, (start, end) in enumerate(bounds(counts)):
-        if end > start:
-            torch.mm(rows[start:end], weights[group].T, out=out[start:end])
+    sizes = counts.tolist()  # on an accelerator the host waits here
+    for size, part, matrix, into in zip(
+        sizes, rows.split(sizes), weights.transpose(1, 2).unbind(), out.split(sizes), strict=True
+    ):
+        if size:
+            torch.mm(part, matrix, out=into)
     return out
 
 
@@ -45,11 +42,14 @@ def _(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Per group, the transposed left rows times the right rows: (N, O), (N, I) -> (M, O, I)."""
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
-    for group, (start, end) in enumerate(bounds(counts)):
-        if end > start:
-            torch.mm(left[start:end].T, right[start:end], out=out[group])
+    sizes = counts.tolist()  # on an accelerator the host waits here
+    for size, one, other, into in zip(
+        sizes, left.split(sizes), right.split(sizes), out.unbind(), strict=True
+    ):
+        if size:
+            torch.mm(one.T, other, out=into)
         else:
-            out[group].zero_()
+            into.zero_()
     return out
 
 

@@ -30,12 +30,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad = grads[0].to(inverse.dtype)
-        unit = x * inverse
-        product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        share = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = (grad * weight).addcmul_(unit, share, value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight, None
+        product = grad * x
+        grad_weight = inverse.flatten() @ product.flatten(0, -2)
+        share = (product @ weight.to(product.dtype)).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+        grad_x = (grad * weight).mul_(inverse).addcmul_(x, share, value=-1)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "... D"]:
