@@ -133,7 +133,7 @@ def plot(mean: dict[str, list[tuple[int, float]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120, layout="constrained")
     for config, points in mean.items():
@@ -141,8 +141,8 @@ def plot(mean: dict[str, list[tuple[int, float]]]) -> None:
             [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points], label=config, marker="."
         )
     axes.set(xlabel="million tokens", ylabel="held-out nats per token (mean of 3 seeds)", yscale="log")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(Path(__file__).parent / "results" / "sparse_vs_dense.png")

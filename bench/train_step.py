@@ -79,7 +79,8 @@ def against_peers(threads: int, rounds: int) -> str:
     shape = f"{run.train.batch_tokens} tokens a step, {architecture}"
     best = min(timings.time(name).median for name in theirs)
     summary = f"moesaic is {best / timings.time('moesaic').median:.2f}x as fast as the fastest of them."
-    return f"## Against transformers\n\n{shape}\n\n{comparison(timings, 'moesaic', amount=run.train.batch_tokens)}\n\n{summary}"
+    times = comparison(timings, "moesaic", amount=run.train.batch_tokens)
+    return f"## Against transformers\n\n{shape}\n\n{times}\n\n{summary}"
 
 
 def our_step(run: RunConfig, trainee: Trainee, batch: Batch) -> None:

@@ -3,7 +3,7 @@
 from moesaic.moe.balance import BalanceLoss, LayerStats, ZLoss, aux_loss
 from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Plan, RouterInput, Routing, make_plan
-from moesaic.moe.topk import TopKRouter
+from moesaic.moe.topk import TopKRouter, balanced_bias
 
 __all__ = [
     "BalanceLoss",
@@ -15,5 +15,6 @@ __all__ = [
     "TopKRouter",
     "ZLoss",
     "aux_loss",
+    "balanced_bias",
     "make_plan",
 ]

@@ -1,0 +1,124 @@
+"""One MoE layer, forward and backward, against dense products of equal FLOPs and every MoE block of transformers.
+
+Same weights and tokens on all sides; outputs and gradients are compared before anything is timed. Results:
+bench/results/moe_layer.md.
+
+    python bench/moe_layer.py [--threads 1 2] [--rounds 9] [--dtypes float32 bfloat16] [--shapes 0 1 2]
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from peers import LayerPeer, LayerTensors, layer_peers
+from timing import Timings, interleave, table, write_result
+from torch import Tensor
+
+from moesaic.moe import MoE, RouterInput, TopKRouter
+from moesaic.train.device import tune_host
+
+SHAPES = [(512, 1024, 8, 2, 4096), (512, 256, 64, 8, 4096), (1024, 512, 32, 4, 2048)]
+"""D, F, E, K, T."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+"""Largest difference over the largest value, between two ways to round."""
+SLOW = "batched_mm"
+"""Copies weights for every assignment: gigabytes at these sizes."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))))
+    options = arguments.parse_args()
+    tune_host()
+    sections = []
+    for shape in (SHAPES[i] for i in options.shapes):
+        for dtype in (getattr(torch, name) for name in options.dtypes):
+            calls = candidates(shape, dtype)
+            timed = [interleave(calls, rounds=options.rounds, threads=threads) for threads in options.threads]
+            sections.append(section(shape, dtype, timed))
+            print(sections[-1], flush=True)
+    command = "python bench/moe_layer.py --threads " + " ".join(map(str, options.threads))
+    write_result("moe_layer", "One MoE layer, forward and backward", command, max(options.threads), sections)
+
+
+def candidates(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; ValueError where two of them compute different things."""
+    D, F, E, K, T = shape
+    torch.manual_seed(0)
+    ours = MoE(MoE.Config(num_experts=E, hidden=F, router=TopKRouter.Config(k=K)), D)
+    assert ours.bank is not None
+    x, grad = torch.randn(T, D).to(dtype), torch.randn(T, D).to(dtype)
+    ours.to(dtype)
+    weights = LayerTensors(ours.router.gate.detach(), ours.bank.w1.detach(), ours.bank.w2.detach())
+    peers = {name: peer for name, peer in layer_peers(D, F, E, K, dtype=dtype).items() if SLOW not in name}
+
+    def our_layer(x: Tensor) -> Tensor:
+        return ours(x, ours.route(RouterInput(tokens=x, mode="train")))
+
+    want = outputs(our_layer, x, grad)
+    for name, peer in peers.items():
+        peer.load(weights)
+        compare(name, outputs(peer, x, grad), want, dtype)
+    calls: dict[str, Callable[[], object]] = {"dense products": dense_products(shape, dtype)}
+    calls["moesaic"] = lambda: (ours.zero_grad(), outputs(our_layer, x, grad))
+    for name, peer in peers.items():
+        calls[name] = lambda peer=peer: (peer.zero_grad(), outputs(peer, x, grad))
+    return calls
+
+
+def outputs(layer: Callable[[Tensor], Tensor] | LayerPeer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output and the gradient of its input; gradients of weights are left where they are."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    y.backward(grad)
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+def compare(name: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """In bf16 a router may tip between two experts: a few tokens are allowed to differ there."""
+    for mine, theirs in zip(want, got, strict=True):
+        errors = (mine.float() - theirs.float()).abs().amax(-1) / mine.float().abs().max()
+        allowed = 0 if dtype == torch.float32 else 0.02
+        if (errors > TOLERANCE[dtype]).float().mean() > allowed:
+            raise ValueError(f"{name}: differs by {errors.max():.2e}; no times for different functions")
+
+
+def dense_products(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], object]:
+    """The matrix products of a dense SwiGLU with the arithmetic of the active experts: three forward, six backward."""
+    D, F, _, K, T = shape
+    x, hidden = torch.randn(T, D).to(dtype), torch.randn(T, K * F).to(dtype)
+    w1, w2 = torch.randn(2 * K * F, D).to(dtype), torch.randn(D, K * F).to(dtype)
+    both = torch.randn(T, 2 * K * F).to(dtype)
+
+    def products() -> None:
+        x @ w1.T, hidden @ w2.T
+        x @ w2, both @ w1, x.T @ hidden, both.T @ x
+
+    return products
+
+
+def section(shape: tuple[int, ...], dtype: torch.dtype, timed: list[Timings]) -> str:
+    """One table: a row per candidate, time and ratio per number of threads."""
+    D, F, E, K, T = shape
+    header = [""]
+    for timings in timed:
+        header += [f"ms, {timings.threads} thr.", "/ dense"]
+    rows = []
+    for name in timed[0].seconds:
+        cells = [name]
+        for timings in timed:
+            cells += [
+                timings.time(name).text(scale=1e3, digits=0),
+                timings.ratio(name, "dense products").text(),
+            ]
+        rows.append(cells)
+    kind = str(dtype).removeprefix("torch.")
+    return f"## D {D}, F {F}, E {E}, K {K}, T {T}, {kind}\n\n{table(header, rows)}"
+
+
+if __name__ == "__main__":
+    main()
