@@ -62,7 +62,7 @@ def curve(job: Job, folder: Path) -> list[tuple[int, float, float]]:
     done = path / "samples.txt"
     if not done.exists():
         settings = [f"name={job.name}", f"dir={folder}", f"seed={job.seed}", f"optim.lr={job.lr}"]
-        settings += ["train.threads=1", "eval.every=50", "eval.tokens=65536", "checkpoint.every=0"]
+        settings += ["train.threads=1", "eval.every=100", "eval.tokens=65536", "checkpoint.every=0"]
         command = [MOESAIC, "train", job.config, *settings, "--resume"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

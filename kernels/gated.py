@@ -6,7 +6,6 @@ Dims: N rows, F hidden width; gates are the first F columns.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 

@@ -201,14 +201,13 @@ def test_sign_rule_balances_a_skewed_router() -> None:
 
 
 def test_impossible_choices_are_refused() -> None:
-    good = {"num_experts": 8, "hidden": 4}
     for settings, message in [
         ({"k": 9}, "router.k: 9 is more than num_experts = 8"),
         ({"k": 2, "groups": 3}, "router.groups: 3 does not divide num_experts = 8"),
         ({"k": 5, "groups": 4, "groups_kept": 2}, "router.k: 5 is more than the 4 experts"),
     ]:
         with pytest.raises(ValueError, match=message):
-            MoE.Config(**good, router=TopKRouter.Config(**settings))
+            MoE.Config(num_experts=8, hidden=4, router=TopKRouter.Config(**settings))  # type: ignore[arg-type]
     for settings, message in [
         ({"k": 0}, "k: 0"),
         ({"k": 2, "groups": 4, "groups_kept": 5}, "groups_kept: 5"),
