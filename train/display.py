@@ -83,6 +83,10 @@ class Display:
         self._print(Text.assemble(("warning: ", "bold yellow"), visible(message)))
         self._write("warning: " + message)
 
+    def log_to(self, log: Callable[[str], None]) -> None:
+        """Send texts to `log` from now on: before the run has a folder there is nothing to write to."""
+        self._log = log
+
     def preparing(self, stage: str, done: int, total: int) -> None:
         """Progress of the corpus; fits `data.prepare(report=...)`. Without a terminal: one line per stage."""
         if self.live:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class AdamWConfig:
             raise ValueError(f"clip: {self.clip} is not positive; null turns clipping off")
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
     """One group per distinct (learning rate factor, decay). Raises ValueError for a rule that matches nothing."""
     parameters = {n: t for n, t in logical_tensors(model).items() if isinstance(t, nn.Parameter)}
     unused = {rule.match for rule in config.groups}
@@ -141,10 +141,15 @@ def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     if unused:
         known = ", ".join(sorted(parameters)[:8])
         raise ValueError(f"optim.groups: {sorted(unused)} match no parameter; names are {known}, ...")
-    groups = [
+    return [
         {"params": found, "factor": factor, "weight_decay": decay}
         for (factor, decay), found in members.items()
     ]
+
+
+def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW over the model's parameter groups, with its state already there."""
+    groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

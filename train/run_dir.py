@@ -111,12 +111,11 @@ class RunDir:
                 f"{path}: cannot make the run's folder ({error.strerror}); give another dir=..."
             ) from None
         lock = _acquire(path)
-        if any(entry.name not in (_LOCK, _CONFIG + _TEMPORARY) for entry in path.iterdir()):
+        try:
+            refuse_existing(path)
+        except ValueError:
             lock.close()
-            raise ValueError(
-                f"{path}: exists already, and a run is never overwritten; continue it with --resume, "
-                f"or start another one with name=..."
-            )
+            raise
         _write(path / _CONFIG, config)
         return cls(path, lock)
 
@@ -128,7 +127,7 @@ class RunDir:
         `config.yaml`, the old one stays as `config.<n>.yaml`.
         """
         stored = path / _CONFIG
-        if not stored.is_file():
+        if not holds_run(path):
             raise ValueError(f"{path}: holds no run to continue; start it without --resume")
         lock = _acquire(path)
         try:
@@ -167,6 +166,20 @@ class RunDir:
         """Release the lock. The run may be continued by another process from now on."""
         self._log.close()
         self._lock.close()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is a run to continue."""
+    return (path / _CONFIG).is_file()
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ValueError where a new run would lie over something."""
+    if path.is_dir() and any(entry.name not in (_LOCK, _CONFIG + _TEMPORARY) for entry in path.iterdir()):
+        raise ValueError(
+            f"{path}: exists already, and a run is never overwritten; continue it with --resume, "
+            f"or start another one with name=..."
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

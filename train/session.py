@@ -6,6 +6,7 @@ wrote is ever overwritten.
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moesaic.data.loader import Loader
 from moesaic.data.prepare import prepare
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import expected_vocab, load_tokenizer
-from moesaic.models.accounting import Accounting, account
+from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.moe.layer import MoE
 from moesaic.parallel.storage import CheckpointError
 from moesaic.train.assemble import Trainee, build_trainee
@@ -26,8 +27,9 @@ from moesaic.train.facts import Closing, Sample, Start
 from moesaic.train.generate import generate
 from moesaic.train.loop import Loop, Tally
 from moesaic.train.memory import estimate
+from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
-from moesaic.train.run_dir import RunDir
+from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.stopping import StopRequest
 from moesaic.train.writers import MetricsWriter
 
@@ -44,14 +46,29 @@ def train(run: RunConfig, text: str, *, resume: bool, profile: bool, command: Se
     run.check()
     vocab = expected_vocab(run.data.tokenizer)
     accounting = account(run.model, vocab, seq_len=run.data.seq_len)
+    parameter_groups(meta_model(run.model, vocab), run.optim)
     path = Path(run.dir) / run.name
-    continues = resume and (path / "config.yaml").is_file()
-    folder = RunDir.resume(path, text) if continues else RunDir.create(path, text)
-    try:
-        with Display(steps=run.train.steps, every=run.log.every, log=folder.say) as display:
-            return work(run, folder, display, accounting, profile=profile, command=command)
-    finally:
-        folder.close()
+    folder = RunDir.resume(path, text) if resume and holds_run(path) else None
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.callback(folder.close)
+        else:
+            refuse_existing(path)
+        display = stack.enter_context(Display(steps=run.train.steps, every=run.log.every))
+        tune_host()
+        prepared = prepare(run.data, report=display.preparing)
+        loader = loader_of(run, prepared)
+        if folder is None:  # only now: a run whose text cannot be used leaves no folder behind
+            folder = RunDir.create(path, text)
+            stack.callback(folder.close)
+        display.log_to(folder.say)
+        return work(run, folder, display, accounting, prepared, loader, profile=profile, command=command)
+
+
+def loader_of(run: RunConfig, prepared: Prepared) -> Loader:
+    """Batches of the run's training text."""
+    mark, sequences = prepared.tokenizer.mark, run.train.batch_tokens // run.data.seq_len
+    return Loader(prepared.train, mark=mark, seq_len=run.data.seq_len, sequences=sequences, seed=run.seed)
 
 
 def work(
@@ -59,21 +76,19 @@ def work(
     folder: RunDir,
     display: Display,
     accounting: Accounting,
+    prepared: Prepared,
+    loader: Loader,
     *,
     profile: bool,
     command: Sequence[str],
 ) -> int:
-    """Prepare, train to the end or to a stop, close."""
-    tune_host()
+    """Restore, train to the end or to a stop, close."""
     checkpoints = Checkpoints(folder.checkpoints, run.checkpoint, say=display.warn)
     device = choose_device(run.train, stored_precision=begun_with(checkpoints))
     folder.record_start(environment(command, threads=device.threads))
     for change in folder.changes:
         display.say(f"changed since the last start: {change}")
-    prepared = prepare(run.data, report=display.preparing)
     keep_data_facts(folder.path, prepared)
-    mark, sequences = prepared.tokenizer.mark, run.train.batch_tokens // run.data.seq_len
-    loader = Loader(prepared.train, mark=mark, seq_len=run.data.seq_len, sequences=sequences, seed=run.seed)
     trainee = build_trainee(run, prepared.tokenizer.vocab, device)
     tally = restore(trainee, loader, checkpoints, folder.path)
     metrics = MetricsWriter(folder.metrics, tensorboard=folder.tensorboard if run.log.tensorboard else None)
