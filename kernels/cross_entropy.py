@@ -28,20 +28,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
             counted = labels != PADDING
             labels = labels.clamp(min=0)
-            logits = (rows @ weight.T).to(total)  # (chunk, V)
-            picked = logits.gather(1, labels)
-            top = logits.amax(-1, keepdim=True)
-            norm = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            loss += ((norm.log() + top - picked) * counted).sum()
+            logs = (rows @ weight.T).to(total).log_softmax(-1)  # (chunk, V)
+            loss -= (logs.gather(1, labels) * counted).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = logits.mul_(counted / norm)  # softmax, in place of the logits
-                grad.scatter_add_(1, labels, -counted.to(total))
+                grad = logs.exp_()  # in place; rows of padding are silenced where they are narrow
+                grad.scatter_add_(1, labels, grad.new_full((), -1).expand_as(labels))
                 grad = grad.to(hidden.dtype)
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
+                into = grad_hidden[start : start + chunk]
+                torch.mm(grad, weight, out=into).mul_(counted)
                 if total == hidden.dtype:
-                    grad_weight.addmm_(grad.T, rows)
+                    grad_weight.addmm_(grad.T, rows * counted)
                 else:
-                    grad_weight += grad.T @ rows
+                    grad_weight += grad.T @ (rows * counted)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -24,7 +24,11 @@ class _GatedSilu(torch.autograd.Function):
         gate, up = hidden.chunk(2, -1)
         silu = gate * sigmoid
         slope = silu.sub(1).neg_().mul_(sigmoid).add_(silu)  # of silu: sigmoid * (1 - silu) + silu
-        return torch.cat([slope.mul_(up).mul_(grads[0]), silu.mul_(grads[0])], -1)
+        grad = torch.empty_like(hidden)
+        grad_gate, grad_up = grad.chunk(2, -1)
+        torch.mul(slope.mul_(up), grads[0], out=grad_gate)
+        torch.mul(silu, grads[0], out=grad_up)
+        return grad
 
 
 def gated_silu(hidden: Float[Tensor, "... F2"]) -> Float[Tensor, "... F"]:
