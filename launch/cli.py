@@ -301,7 +301,7 @@ def _inspect(config: str, overrides: list[str]) -> dict[str, Any]:
         "device": str(device.device),
         "precision": precision_name(device.dtype),
         "precision_reason": device.why_dtype,
-        "memory": estimate(run, vocab, dtype=device.dtype),
+        "memory": estimate(run, vocab, dtype=device.dtype, device=device.device.type),
     }
 
 

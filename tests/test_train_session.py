@@ -284,6 +284,14 @@ def test_a_nan_stops_with_step_layer_and_batch(run: RunConfig, monkeypatch: pyte
     assert checkpoints == ["step_00000010"]
 
 
+def test_profile_leaves_a_trace_and_a_table(run: RunConfig) -> None:
+    run = replace(run, train=replace(run.train, steps=12))
+    assert session.train(run, run_to_yaml(run), resume=False, profile=True, command=["test"]) == 0
+    trace = json.loads((folder_of(run) / "profile" / "trace.json").read_text())
+    assert any("grouped_linear" in str(event.get("name")) for event in trace["traceEvents"])
+    assert "aten::mm" in (folder_of(run) / "profile" / "table.txt").read_text()
+
+
 KILLED = """
 import os, signal, sys
 from moesaic.launch.config import read_run, run_to_yaml

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.data.loader import Batch
 from moesaic.models.accounting import meta_model
+from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.config import RunConfig
@@ -13,12 +15,14 @@ from moesaic.train.step import Compute
 LOGITS_CHUNK = 1024
 
 
-def estimate(run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+def estimate(
+    run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, int]:
     """Bytes by class: weights, gradients, optimizer, activations kept for the backward pass, a chunk of logits.
 
     Nothing is allocated. Working memory of single operations comes on top.
     """
-    model = parallelize(meta_model(run.model, vocab), run.parallel)
+    model = meta_model(run.model, vocab)
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     width = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
@@ -27,13 +31,22 @@ def estimate(run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32) 
         "weights": weights,
         "gradients": gradients,
         "optimizer": 2 * gradients,
-        "activations": saved_bytes(model, run, dtype),
+        "activations": saved_bytes(model, run, dtype, device),
         "logits": min(LOGITS_CHUNK, tokens) * vocab * width,
     }
 
 
-def saved_bytes(model: torch.nn.Module, run: RunConfig, dtype: torch.dtype) -> int:
+def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: str) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass, parameters left out."""
+    with FakeTensorMode(allow_non_fake_inputs=True):  # kernels of the real device, tensors without storage
+        model = parallelize(model.to_empty(device=device), run.parallel)
+        return kept_bytes(
+            model, run, Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)
+        )
+
+
+def kept_bytes(model: Transformer, run: RunConfig, compute: Compute) -> int:
+    """Sum of the storages, parameters left out, that autograd saves in one forward pass on zeros."""
     own = {id(parameter) for parameter in model.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}
 
@@ -47,12 +60,10 @@ def saved_bytes(model: torch.nn.Module, run: RunConfig, dtype: torch.dtype) -> i
         return tensor
 
     rows = run.train.batch_tokens // run.train.micro_batches // run.data.seq_len
-    shape = (rows, run.data.seq_len)
-    numbers = torch.zeros(shape, dtype=torch.int64, device="meta")
-    index = torch.zeros(rows, dtype=torch.int64, device="meta")
+    numbers = torch.zeros((rows, run.data.seq_len), dtype=torch.int64)
+    index = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(numbers, numbers, numbers, index, index)
-    compute = Compute(torch.device("meta"), dtype, mask_documents=run.data.mask_documents)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = compute.forward(model, batch, mode="train")  # type: ignore[arg-type]
+        output = compute.forward(model, batch, mode="train")
         aux_loss(output.layers)
     return sum(size for _, size in kept.values())

@@ -217,7 +217,7 @@ def start_of(
         batch_tokens=run.train.batch_tokens,
         seq_len=run.data.seq_len,
         micro_batches=run.train.micro_batches,
-        memory=estimate(run, prepared.tokenizer.vocab, dtype=device.dtype),
+        memory=estimate(run, prepared.tokenizer.vocab, dtype=device.dtype, device=device.device.type),
         device=str(device.device),
         device_reason=device.why_device,
         precision=precision_name(device.dtype),
