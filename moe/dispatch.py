@@ -1,7 +1,7 @@
 """Bring rows to their experts and back. On one rank that is a copy in expert order."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,7 @@ RunExperts = Callable[[Tensor, Tensor], Tensor]
 """(rows (N, D), counts (M,)) -> rows (N, D)."""
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Runs tokens through experts wherever those are; returns the rows in the plan's order."""
 

@@ -6,7 +6,7 @@ Dims: N rows, D width, F hidden width, E experts of the bank, M experts that the
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,14 @@ def input_matrices(kind: ExpertKind) -> int:
     return 2 if kind == "swiglu" else 1
 
 
-def activate(kind: ExpertKind, hidden: Float[Tensor, "N GF"]) -> Float[Tensor, "N F"]:
+def activate(kind: ExpertKind, hidden: Float[Tensor, "... GF"]) -> Float[Tensor, "... F"]:
     """The hidden layer's non-linearity: SwiGLU (arXiv:2002.05202), GELU, or squared ReLU (arXiv:2109.08668)."""
     if kind == "swiglu":
         return gated_silu(hidden)
     return F.gelu(hidden) if kind == "gelu" else F.relu(hidden).square()
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Supplies the weights of the experts that are on this rank."""
 

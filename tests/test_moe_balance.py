@@ -32,7 +32,7 @@ def logits_of(count: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
 def test_balance_is_1_when_balanced_and_num_experts_when_collapsed(scope: str, k: int) -> None:
-    term = BalanceLoss(coef=1, scope=scope)  # type: ignore[arg-type]
+    term = BalanceLoss(coef=1.0, scope=scope)  # type: ignore[arg-type]
     experts = (torch.arange(12)[:, None] + torch.arange(k)) % E
     even = routed(torch.zeros(12, E, dtype=torch.float64), experts=experts)
     assert value(term, even).item() == pytest.approx(1, abs=1e-12)
@@ -45,7 +45,7 @@ def test_balance_is_1_when_balanced_and_num_experts_when_collapsed(scope: str, k
 def test_balance_formula_and_gradient_by_hand() -> None:
     logits = logits_of(10)
     routing = routed(logits)
-    got = value(BalanceLoss(coef=1, scope="micro_batch"), routing)
+    got = value(BalanceLoss(coef=1.0, scope="micro_batch"), routing)
     shares = torch.bincount(routing.experts, minlength=E).double() / (10 * K)  # no gradient through counts
     want = E * (shares * logits.softmax(-1).mean(0)).sum()
     torch.testing.assert_close(got, want)
@@ -55,7 +55,7 @@ def test_balance_formula_and_gradient_by_hand() -> None:
 def test_gradient_reaches_every_expert() -> None:
     """A softmax over only the chosen k has a constant mean and so no gradient at all."""
     logits = logits_of(10)
-    (grad,) = torch.autograd.grad(value(BalanceLoss(coef=1), routed(logits)), logits)
+    (grad,) = torch.autograd.grad(value(BalanceLoss(coef=1.0), routed(logits)), logits)
     assert (grad.abs() > 1e-6).all()
 
 
@@ -64,7 +64,7 @@ def test_finite_differences() -> None:
         routing = routed(logits)
         sequences = torch.tensor([0] * 4 + [1] * 6)
         facts = {"sequences": sequences, "num_sequences": 2}
-        return value(BalanceLoss(coef=1), routing, **facts) + value(ZLoss(coef=1), routing)
+        return value(BalanceLoss(coef=1.0), routing, **facts) + value(ZLoss(coef=1.0), routing)
 
     assert torch.autograd.gradcheck(total, (logits_of(10),), eps=1e-7, atol=1e-6)
 
@@ -74,7 +74,7 @@ def test_sequence_wise_formula_by_hand() -> None:
     lengths = [4, 6]
     routing = routed(logits)
     sequences = torch.tensor([0] * 4 + [1] * 6)
-    got = value(BalanceLoss(coef=1), routing, sequences=sequences, num_sequences=2)
+    got = value(BalanceLoss(coef=1.0), routing, sequences=sequences, num_sequences=2)
     want = torch.zeros((), dtype=torch.float64)
     for part, length in zip(logits.split(lengths), lengths, strict=True):
         counts = torch.bincount(part.topk(K).indices.flatten(), minlength=E).double()
@@ -85,7 +85,7 @@ def test_sequence_wise_formula_by_hand() -> None:
 def test_z_loss_by_hand() -> None:
     logits = logits_of(10)
     want = logits.exp().sum(-1).log().square().mean()
-    torch.testing.assert_close(value(ZLoss(coef=1), routed(logits)), want)
+    torch.testing.assert_close(value(ZLoss(coef=1.0), routed(logits)), want)
 
 
 def test_sigmoid_scores_are_normalized_before_balance() -> None:
@@ -96,7 +96,7 @@ def test_sigmoid_scores_are_normalized_before_balance() -> None:
 
 
 @pytest.mark.parametrize(
-    "term", [BalanceLoss(coef=1), BalanceLoss(coef=1, scope="micro_batch"), ZLoss(coef=1)], ids=str
+    "term", [BalanceLoss(coef=1.0), BalanceLoss(coef=1.0, scope="micro_batch"), ZLoss(coef=1.0)], ids=str
 )
 def test_padding_counts_nowhere(term: BalanceLoss | ZLoss) -> None:
     logits = logits_of(10)
@@ -121,7 +121,7 @@ def test_loss_counts_what_is_dispatched() -> None:
     router.bias[1] = 5
     inputs = RouterInput(tokens=torch.randn(9, 4, dtype=torch.float64), mode="train")
     routing = router.route(inputs)
-    term = BalanceLoss(coef=1, scope="micro_batch")
+    term = BalanceLoss(coef=1.0, scope="micro_batch")
     counts, _ = term.sums(routing, inputs)
     assert counts[0].tolist() == torch.bincount(routing.experts, minlength=E).tolist()
     assert counts[0, 1] == 9
