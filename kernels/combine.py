@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +61,8 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         where, offsets = ctx.saved_tensors
         return sum_rows(grads[0], where, offsets, per_token=ctx.per_token), None, None, None, None
 
@@ -75,7 +77,8 @@ class _Combine(torch.autograd.Function):
         return sum_rows(rows, where, offsets, weights, per_token=per_token)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weights, tokens, where = ctx.saved_tensors
         total = accumulation_dtype(rows.dtype)
         grad_rows = grads[0].index_select(0, tokens).to(total)  # (R, D)

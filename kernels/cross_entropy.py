@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.combine import accumulation_dtype
-
-PADDING = -1
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=total) if needs else None
         for start in range(0, hidden.shape[0], chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            counted = labels != PADDING
+            counted = labels >= 0
             labels = labels.clamp(min=0)
             logs = (rows @ weight.T).to(total).log_softmax(-1)  # (chunk, V)
             loss -= (logs.gather(1, labels) * counted).sum()
@@ -45,7 +44,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.weight_dtype), None, None
 
@@ -57,8 +57,10 @@ def linear_cross_entropy(
     *,
     chunk: int = 1024,
 ) -> Float[Tensor, ""]:
-    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; targets of -1 are padding and add nothing.
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; negative targets are padding.
 
     Softmax and sums are fp32 or better. No second derivative.
     """
+    if not torch.is_grad_enabled():  # a parameter says that it needs a gradient even then
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _GatedSilu(torch.autograd.Function):
@@ -19,7 +20,8 @@ class _GatedSilu(torch.autograd.Function):
         return (gate * sigmoid).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, sigmoid = ctx.saved_tensors
         gate, up = hidden.chunk(2, -1)
         silu = gate * sigmoid

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.combine import accumulation_dtype
 
@@ -27,11 +28,12 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
         grad = grads[0].to(inverse.dtype)
         product = grad * x
-        grad_weight = inverse.flatten() @ product.flatten(0, -2)
+        grad_weight = inverse.flatten() @ product.reshape(-1, x.shape[-1])
         share = (product @ weight.to(product.dtype)).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
         grad_x = (grad * weight).mul_(inverse).addcmul_(x, share, value=-1)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from moesaic.models.transformer import Transformer
+from moesaic.moe.experts import input_matrices
 from moesaic.moe.layer import MoE
 
 
@@ -65,8 +66,11 @@ def account(config: Transformer.Config, vocab: int, *, seq_len: int) -> Accounti
         products += 0 if ffn.shared is None else ffn.shared.w1.numel() + ffn.shared.w2.numel()
         if ffn.bank is not None:
             experts += shape.num_experts * per_expert
-            users = sum(isinstance(b.ffn, MoE) and b.ffn.experts.source is ffn.bank for b in model.blocks)
-            idle += max(0, shape.num_experts - users * shape.router.k) * per_expert
+            users = [
+                b.ffn for b in model.blocks if isinstance(b.ffn, MoE) and b.ffn.experts.source is ffn.bank
+            ]
+            used = sum(user.config.router.k for user in users)
+            idle += max(0, shape.num_experts - used) * per_expert
     attention = config.layers * 2 * config.heads * config.channels * (seq_len + 1) // 2
     forward = 2 * (products + attention)
     return Accounting(parameters, embedding, parameters - idle, experts, forward, 3 * forward)
@@ -74,5 +78,4 @@ def account(config: Transformer.Config, vocab: int, *, seq_len: int) -> Accounti
 
 def expert_size(ffn: MoE, dim: int) -> int:
     """Parameters of one expert."""
-    matrices = 3 if ffn.config.expert == "swiglu" else 2
-    return matrices * ffn.config.hidden * dim
+    return (input_matrices(ffn.config.expert) + 1) * ffn.config.hidden * dim

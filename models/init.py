@@ -1,6 +1,7 @@
 """Initial weights, each a function of the seed and the tensor's logical name (and the expert's number) alone.
 
-So a model starts from the same values on any layout, and adding a layer leaves the others as they were.
+So a model starts from the same values on any layout, and adding a layer changes the others by a factor at most: their
+outputs are scaled down with depth.
 """
 
 import hashlib

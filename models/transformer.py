@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moesaic.kernels.cross_entropy import PADDING, linear_cross_entropy
+from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.models.attention import Attention, KeyValues
 from moesaic.models.block import Block
 from moesaic.models.init import initialize
@@ -89,6 +89,10 @@ class Transformer(nn.Module):
                 value = getattr(self, name)
                 if value is not None and value < 1:
                     raise ValueError(f"{name}: {value} is not positive")
+            for name in ("norm_eps", "rope_theta", "init_std"):
+                value = getattr(self, name)
+                if value is not None and value <= 0:
+                    raise ValueError(f"{name}: {value} is not positive")
             if self.head_dim is None and self.dim % self.heads:
                 raise ValueError(
                     f"heads: {self.heads} does not divide dim = {self.dim}; set head_dim or change one"
@@ -100,6 +104,10 @@ class Transformer(nn.Module):
             banks: dict[str, tuple[object, ...]] = {}
             for index, ffn in enumerate(self.ffns()):
                 if isinstance(ffn, MoE.Config) and ffn.bank is not None:
+                    if ffn.bank.removeprefix("layer").isdecimal():
+                        raise ValueError(
+                            f"ffn.bank: {ffn.bank!r} is the name of a layer's own bank; use another"
+                        )
                     shape = (ffn.num_experts, ffn.hidden, ffn.expert)
                     if banks.setdefault(ffn.bank, shape) != shape:
                         raise ValueError(
@@ -238,5 +246,5 @@ def token_facts(
         "sequences": numbers.repeat_interleave(length, output_size=batch * length),
         "num_sequences": batch,
         "indices": places.flatten(),
-        "valid": None if targets is None else (targets != PADDING).flatten(),
+        "valid": None if targets is None else (targets >= 0).flatten(),
     }

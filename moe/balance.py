@@ -35,6 +35,14 @@ class BalanceLoss:
     """Tokens over which load is balanced. `sequence` is exact under every split of the batch; `micro_batch` is exact
     across ranks for fixed micro-batches, but changes with the number of accumulation steps."""
 
+    def __post_init__(self) -> None:
+        check_coef(self.coef)
+
+    @property
+    def name(self) -> str:
+        """In metrics."""
+        return "balance" if self.scope == "sequence" else "micro_batch_balance"
+
     def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
         """Counts (B, E) without gradient and summed probabilities (B, E); B is 1 for `micro_batch`."""
         members = membership(inputs, routing, per_sequence=self.scope == "sequence")  # (B, T)
@@ -73,6 +81,11 @@ class ZLoss:
     coef: float
     """Factor of the loss, per layer; layers add up."""
 
+    name = "z"
+
+    def __post_init__(self) -> None:
+        check_coef(self.coef)
+
     def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
         squares = routing.logits.logsumexp(-1).square()
         return ((squares if inputs.valid is None else squares * inputs.valid).sum(),)
@@ -83,6 +96,11 @@ class ZLoss:
 
 
 AuxTerm = BalanceLoss | ZLoss
+
+
+def check_coef(coef: float) -> None:
+    if coef < 0:
+        raise ValueError(f"coef: {coef} is negative")
 
 
 @dataclass(frozen=True)

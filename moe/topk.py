@@ -58,6 +58,8 @@ class TopKRouter(nn.Module):
                 raise ValueError(f"groups: {self.groups} is not positive")
             if self.groups_kept is not None and not 1 <= self.groups_kept <= self.groups:
                 raise ValueError(f"groups_kept: {self.groups_kept} is not in 1 to groups = {self.groups}")
+            if self.scale <= 0:
+                raise ValueError(f"scale: {self.scale} is not positive")
             if not 0 <= self.jitter < 1:
                 raise ValueError(f"jitter: {self.jitter} is not in [0, 1)")
             if self.bias_rate < 0:
@@ -94,7 +96,8 @@ class TopKRouter(nn.Module):
         """
         config = self.config
         wide = accumulation_dtype(inputs.tokens.dtype)
-        logits = F.linear(jittered(inputs, config.jitter).to(wide), self.gate.to(wide))  # (T, E)
+        with torch.autocast(inputs.tokens.device.type, enabled=False):  # of a user's own loop
+            logits = F.linear(jittered(inputs, config.jitter).to(wide), self.gate.to(wide))  # (T, E)
         scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
         log_scores = logits if config.score == "softmax" else F.logsigmoid(logits)
         selection = within_groups((scores + self.bias).detach(), config)
@@ -110,7 +113,7 @@ class TopKRouter(nn.Module):
 
 
 def jittered(inputs: RouterInput, width: float) -> Float[Tensor, "T D"]:
-    """The tokens, in training multiplied by counter-based noise around 1."""
+    """The tokens, in training multiplied by counter-based noise around 1, in fp32 or better."""
     if width == 0 or inputs.mode == "eval":
         return inputs.tokens
     tokens = inputs.tokens
@@ -118,7 +121,7 @@ def jittered(inputs: RouterInput, width: float) -> Float[Tensor, "T D"]:
     if indices is None:
         indices = torch.arange(tokens.shape[0], device=tokens.device)
     noise = uniform(key(inputs.seed, inputs.step, inputs.layer), indices, tokens.shape[1])
-    return tokens * (1 - width + 2 * width * noise).to(tokens.dtype)
+    return tokens.to(accumulation_dtype(tokens.dtype)) * (1 - width + 2 * width * noise)
 
 
 def within_groups(selection: Float[Tensor, "T E"], config: TopKRouter.Config) -> Float[Tensor, "T E"]:

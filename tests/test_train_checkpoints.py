@@ -169,7 +169,9 @@ def test_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchrono
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoints = saved(tmp_path, 10, config=CheckpointConfig(keep=1, asynchronous=asynchronous))
+    saved(tmp_path, 10)
+    said: list[str] = []
+    checkpoints = opened(tmp_path, CheckpointConfig(keep=1, asynchronous=asynchronous), said)
     message = (
         r"step_00000020: not saved: No space left on device: 10,000 bytes are needed, [\d,]+ are free in "
     )
@@ -178,19 +180,20 @@ def test_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchrono
         patch.setattr(os, "fsync", full)
         if asynchronous:
             checkpoints.save(20, state(20), {"step": 20})
-            with fails:
+            checkpoints.save(
+                30, state(30), {"step": 30}
+            )  # says that the other failed, and is not lost with it
+            with pytest.raises(CheckpointError, match="step_00000030: not saved"):
                 checkpoints.wait()
-            checkpoints.save(20, state(20), {"step": 20})
-            with fails:
-                checkpoints.save(30, state(30), {"step": 30})
         else:
             with fails:
                 checkpoints.save(20, state(20), {"step": 20})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
-    checkpoints.wait()  # an error is raised once
     checkpoints.save(40, state(40), {"step": 40})
     checkpoints.wait()
     assert checkpoints.steps() == [40]
+    assert [line for line in said if "step_00000020" in line] == said
+    assert len(said) == asynchronous
 
 
 def test_tensors_may_change_after_save(tmp_path: Path) -> None:

@@ -67,10 +67,15 @@ def test_estimated_activations_are_what_a_real_pass_keeps(recompute: Any) -> Non
     estimated = memory.estimate(run, 257)
     model = memory.parallelize(Transformer(MODEL, 257), run.parallel)
     compute = memory.Compute(torch.device("cpu"), torch.float32)
-    assert estimated["activations"] == memory.kept_bytes(model, run, compute)
+    assert estimated["activations"] == memory.kept_bytes(model, run, compute, 8)
     assert estimated["gradients"] == 4 * sum(p.numel() for p in model.parameters())
     assert estimated["optimizer"] == 2 * estimated["gradients"]
     assert estimated["logits"] == 256 * 257 * 4
+
+
+def test_a_compiled_run_is_estimated_too() -> None:
+    compiled = replace(RUN, parallel=ParallelConfig(compile=True))
+    assert memory.estimate(compiled, 257) == memory.estimate(RUN, 257)
 
 
 def test_recomputation_keeps_less() -> None:

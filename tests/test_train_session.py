@@ -238,6 +238,17 @@ def test_other_text_is_refused(run: RunConfig, text: Path) -> None:
         train(replace(run, train=replace(run.train, steps=20)), resume=True)
 
 
+def test_text_of_the_same_length_but_other_content_is_refused(run: RunConfig, text: Path) -> None:
+    run = replace(run, train=replace(run.train, steps=10))
+    assert train(run) == 0
+    for file in text.iterdir():
+        file.write_text(file.read_text().replace("line", "LINE"))
+    with pytest.raises(ValueError, match="training text or its order changed"):
+        train(replace(run, train=replace(run.train, steps=20)), resume=True)
+    with pytest.raises(ValueError, match="other held-out text"):
+        evaluate_run(run, folder_of(run), step=None, tokens=None)
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
     run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,12 @@ class Checkpoints:
         """
         from moesaic.parallel import checkpoint  # slow to import, and not needed by a run's first step
 
-        self.wait()
+        try:
+            self.wait()
+        except (
+            CheckpointError
+        ) as error:  # the disk may have room again: this save must not be lost with that one
+            self._say(f"an earlier checkpoint was not saved: {error}")
         if self.config.asynchronous:
             self._pending = checkpoint.save_async(
                 self.path(step), tensors, meta, group=self._group, after=lambda: self._prune(step)

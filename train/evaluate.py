@@ -1,5 +1,6 @@
 """Held-out loss, in nats per token and bits per byte."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ import torch
 from moesaic.data.loader import Batch, eval_batches
 from moesaic.data.prepare import prepare
 from moesaic.data.prepared import Prepared
-from moesaic.kernels.cross_entropy import PADDING
 from moesaic.models.transformer import Transformer
 from moesaic.train.assemble import print_warning, restore_run
 from moesaic.train.config import RunConfig
@@ -48,7 +48,7 @@ def evaluate(
 def target_bytes(batch: Batch, token_bytes: np.ndarray) -> int:
     """Bytes of text that the counted targets stand for."""
     targets = batch.targets.numpy()
-    return int(token_bytes[targets[targets != PADDING]].sum())
+    return int(token_bytes[targets[targets >= 0]].sum())
 
 
 def bits_per_byte(nats: float, size: int) -> float:
@@ -77,6 +77,11 @@ def evaluate_run(run: RunConfig, folder: Path, *, step: int | None, tokens: int 
     if prepared.tokenizer.digest != restored.tokenizer.digest:
         raise ValueError(
             f"{folder}: was trained with another tokenizer than data.tokenizer gives now; put the text back"
+        )
+    kept = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    if kept["streams"]["eval"]["sha256"] != prepared.manifest["streams"]["eval"]["sha256"]:
+        raise ValueError(
+            f"{folder}: data gives other held-out text now than the run had, which it may have learnt"
         )
     batches = held_out(run, prepared, limit=len(prepared.eval) if tokens is None else tokens)
     result = evaluate(restored.model, batches, restored.compute, restored.tokenizer.token_bytes())

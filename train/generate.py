@@ -58,7 +58,9 @@ def sample(
     """Draw a token from the smallest set of likeliest ones that holds `top_p` of the probability."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    probabilities, order = (
+        ((logits - logits.max()).double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    )
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= top_p] = 0  # the first one always stays
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
@@ -82,6 +84,8 @@ def generate_run(
         raise ValueError(f"--temperature: {temperature} is not 0 or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p: {top_p} is not in (0, 1]")
+    if not 0 <= seed < 1 << 62:
+        raise ValueError(f"--seed: {seed} is not in 0 to 2^62 - 1")
     restored = restore_run(run, folder, step=step, say=print_warning)
     return [
         generate(

@@ -1,5 +1,6 @@
 """The loop of a run: steps, records, evaluations, checkpoints, until the end, a stop request or a NaN."""
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,8 +76,9 @@ class Loop:
             self.tally.seconds += seconds
             self.report(sums, metrics, batch, seconds)
             done, every = self.tally.step, self.config.eval.every
-            if done == total or (every and done % every == 0):
-                self.evaluate()
+            due = done == total or (every and done % every == 0)
+            if due and not self.evaluate():
+                return self.fail(batch, NonFiniteError("the held-out loss is not finite"))
             if stop.signal is not None or self.checkpoints.due(done, total):
                 self.save()
             if stop.signal is not None and done < total:
@@ -133,8 +135,8 @@ class Loop:
         record |= {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
         record["train/bits_per_byte"] = bpb
         for layer, layer_sums in sorted(sums.layers.items()):
-            for kind, value in layer_sums.aux.items():
-                record[f"layer_{layer:02d}/{kind}_loss"] = float(value) / sums.tokens
+            for name, value in layer_sums.aux.items():
+                record[f"layer_{layer:02d}/{name}_loss"] = float(value) / sums.tokens
         record |= health_record(self.loads)
         record |= {"time/seconds": self.tally.seconds, "time/tokens_per_second": speed}
         record["time/memory"] = progress.memory
@@ -142,14 +144,15 @@ class Loop:
         for warning in self.watch.update(self.loads):
             self.display.warn(warning)
 
-    def evaluate(self) -> None:
-        """Measure held-out loss and remember the best."""
+    def evaluate(self) -> bool:
+        """Measure held-out loss and remember the best. False where it is not finite."""
         config, step = self.config, self.tally.step
         started = time.perf_counter()
         batches = held_out(config, self.prepared, limit=config.eval.tokens)
         result = evaluate(self.trainee.model, batches, self.trainee.compute, self.token_bytes)
         self.tally.last = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "step": step}
-        best = not self.tally.best or result.loss < self.tally.best["loss"]
+        finite = math.isfinite(result.loss)
+        best = finite and (not self.tally.best or result.loss < self.tally.best["loss"])
         if best:
             self.tally.best = dict(self.tally.last)
         self.metrics.append(
@@ -163,6 +166,7 @@ class Loop:
             best=best,
         )
         self.display.evaluation(shown, self.loads)
+        return finite
 
     def save(self) -> None:
         """Save tensors and tally under the number of steps done."""
@@ -171,6 +175,7 @@ class Loop:
             "loader": self.loader.state(self.tally.step),
             "tokenizer": self.prepared.tokenizer.digest,
             "precision": precision_name(self.device.dtype),
+            "text": text_digest(self.prepared),
         }
         self.checkpoints.save(self.tally.step, self.trainee.tensors(), meta)
 
@@ -184,3 +189,8 @@ class Loop:
         self.display.warn(f"step {step}: {error}; {where}; its batch is in {path}")
         self.checkpoints.wait()
         return f"failed at step {step}: {where}"
+
+
+def text_digest(prepared: Prepared) -> str:
+    """SHA-256 of the training stream: what decides, with the loader's state, which samples come next."""
+    return prepared.manifest["streams"]["train"]["sha256"]

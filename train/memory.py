@@ -1,5 +1,7 @@
 """Memory of a run by class, found by tracing one micro-batch on tensors without storage."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +15,8 @@ from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
 
 LOGITS_CHUNK = 1024
+FEW_ROWS = 4
+"""Larger micro-batches are extrapolated from this many rows and twice as many."""
 
 
 def estimate(
@@ -39,14 +43,20 @@ def estimate(
 def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: str) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass, parameters left out."""
     with FakeTensorMode(allow_non_fake_inputs=True):  # kernels of the real device, tensors without storage
-        model = parallelize(model.to_empty(device=device), run.parallel)
-        return kept_bytes(
-            model, run, Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)
-        )
+        # compiled or not, a region keeps the same tensors; compiling without storage is not possible
+        model = parallelize(model.to_empty(device=device), replace(run.parallel, compile=False))
+        compute = Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)
+        rows = run.train.batch_tokens // run.train.micro_batches // run.data.seq_len
+        if rows <= 2 * FEW_ROWS:
+            return kept_bytes(model, run, compute, rows)
+        few, more = (kept_bytes(model, run, compute, n) for n in (FEW_ROWS, 2 * FEW_ROWS))
+        return (
+            few + (more - few) * (rows - FEW_ROWS) // FEW_ROWS
+        )  # linear in the rows, but for their membership
 
 
-def kept_bytes(model: Transformer, run: RunConfig, compute: Compute) -> int:
-    """Sum of the storages, parameters left out, that autograd saves in one forward pass on zeros."""
+def kept_bytes(model: Transformer, run: RunConfig, compute: Compute, rows: int) -> int:
+    """Sum of the storages, parameters left out, that autograd saves in one forward pass on `rows` of zeros."""
     own = {id(parameter) for parameter in model.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}
 
@@ -59,7 +69,6 @@ def kept_bytes(model: Transformer, run: RunConfig, compute: Compute) -> int:
             )  # holding the tensor keeps the key from being reused
         return tensor
 
-    rows = run.train.batch_tokens // run.train.micro_batches // run.data.seq_len
     numbers = torch.zeros((rows, run.data.seq_len), dtype=torch.int64)
     index = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(numbers, numbers, numbers, index, index)

@@ -26,7 +26,9 @@ class Cosine:
 
     def check(self, steps: int) -> None:
         if self.warmup >= steps:
-            raise ValueError(f"optim.schedule.warmup: {self.warmup} is not below train.steps = {steps}")
+            raise ValueError(
+                f"optim.schedule.warmup: {self.warmup} is not below train.steps = {steps}; give a smaller warmup"
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """Share of the highest learning rate in step 0 to steps - 1."""
@@ -92,6 +94,8 @@ class GroupRule:
     def __post_init__(self) -> None:
         if self.lr < 0:
             raise ValueError(f"lr: {self.lr} is negative")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay} is negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from moesaic.train.display import Display
 from moesaic.train.environment import environment
 from moesaic.train.facts import Closing, Sample, Start
 from moesaic.train.generate import generate
-from moesaic.train.loop import Loop, Tally
+from moesaic.train.loop import Loop, Tally, text_digest
 from moesaic.train.memory import estimate
 from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
@@ -48,7 +48,10 @@ def train(run: RunConfig, text: str, *, resume: bool, profile: bool, command: Se
     accounting = account(run.model, vocab, seq_len=run.data.seq_len)
     parameter_groups(meta_model(run.model, vocab), run.optim)
     path = Path(run.dir) / run.name
-    folder = RunDir.resume(path, text) if resume and holds_run(path) else None
+    continues = resume and holds_run(path)
+    if continues:
+        refuse_fewer_steps(run, path)
+    folder = RunDir.resume(path, text) if continues else None
     with ExitStack() as stack:
         if folder is not None:
             stack.callback(folder.close)
@@ -63,6 +66,15 @@ def train(run: RunConfig, text: str, *, resume: bool, profile: bool, command: Se
             stack.callback(folder.close)
         display.log_to(folder.say)
         return work(run, folder, display, accounting, prepared, loader, profile=profile, command=command)
+
+
+def refuse_fewer_steps(run: RunConfig, path: Path) -> None:
+    """Raise ValueError where the run has already gone beyond what it is asked for."""
+    done = max(Checkpoints(path / "checkpoints", run.checkpoint, say=print).steps(), default=0)
+    if done > run.train.steps:
+        raise ValueError(
+            f"train.steps: {run.train.steps} is below the {done} steps that {path} has done; give more"
+        )
 
 
 def loader_of(run: RunConfig, prepared: Prepared) -> Loader:
@@ -90,7 +102,7 @@ def work(
         display.say(f"changed since the last start: {change}")
     keep_data_facts(folder.path, prepared)
     trainee = build_trainee(run, prepared.tokenizer.vocab, device)
-    tally = restore(trainee, loader, checkpoints, folder.path)
+    tally = restore(trainee, loader, prepared, checkpoints, folder.path)
     metrics = MetricsWriter(folder.metrics, tensorboard=folder.tensorboard if run.log.tensorboard else None)
     dropped = metrics.rewind(tally.step or -1)
     if dropped:
@@ -148,16 +160,21 @@ def keep_data_facts(folder: Path, prepared: Prepared) -> None:
             )
         return
     (folder / "data.json").write_text(json.dumps(prepared.manifest, indent=1) + "\n", encoding="utf-8")
-    prepared.tokenizer.save(kept)
+    draft = folder / "tokenizer.tmp"  # a kill between its files must not leave half a tokenizer
+    prepared.tokenizer.save(draft)
+    draft.rename(kept)
 
 
-def restore(trainee: Trainee, loader: Loader, checkpoints: Checkpoints, folder: Path) -> Tally:
+def restore(
+    trainee: Trainee, loader: Loader, prepared: Prepared, checkpoints: Checkpoints, folder: Path
+) -> Tally:
     """Continue from the newest whole checkpoint; from step 0 where there is none."""
     meta = checkpoints.restore(trainee.tensors())
     if meta is None:
         return Tally()
     tally = Tally(meta["step"], meta["seconds"], meta["best"], meta["last"])
-    before, now = meta["loader"], loader.state(tally.step)
+    before = meta["loader"] | {"text": meta["text"]}
+    now = loader.state(tally.step) | {"text": text_digest(prepared)}
     if before != now:
         raise ValueError(
             f"{folder}: the training text or its order changed since the checkpoint ({before}, now {now}), so samples "
@@ -201,7 +218,7 @@ def start_of(
 ) -> Start:
     """The facts of the start-up table."""
     summary = prepared.summary()
-    layout = ["1 process", f"{device.threads} threads"]
+    layout = ["1 process", "1 thread" if device.threads == 1 else f"{device.threads} threads"]
     layout += ["recomputes blocks"] if run.parallel.recompute == "block" else []
     layout += ["compiled"] if run.parallel.compile else []
     return Start(

@@ -25,7 +25,7 @@ class LayerSums:
     counts: Tensor
     entropy: Tensor
     aux: dict[str, Tensor] = field(default_factory=dict)
-    """By kind of term: its loss times tokens, before the coefficient."""
+    """By name of term: its loss times tokens, before the coefficient."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Sums:
             sums.entropy += stats.entropy
             for term, values in stats.aux:
                 finished = term.finish(tuple(value.detach() for value in values))
-                sums.aux[term.kind] = sums.aux.get(term.kind, 0) + finished
+                sums.aux[term.name] = sums.aux.get(term.name, 0) + finished
 
 
 class NonFiniteError(ArithmeticError):
