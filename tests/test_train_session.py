@@ -268,7 +268,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
         patch.setattr("moesaic.parallel.checkpoint.write_tensors", full)
         with pytest.raises(ValueError, match="No space left on device"):
             train(run)
-    assert [p.name for p in sorted((folder_of(run) / "checkpoints").iterdir())] == ["step_00000010"]
+    # what could not be written in the background stops the run at the next save, which finds room again
+    names = [p.name for p in sorted((folder_of(run) / "checkpoints").iterdir())]
+    assert names == ["step_00000010", "step_00000030"]
     assert train(run, resume=True) == 0
     assert_equal_runs(run, whole)
 

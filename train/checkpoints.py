@@ -79,17 +79,19 @@ class Checkpoints:
         """Save, then remove the checkpoints that need not stay, and those of later steps.
 
         Later ones are there when they were damaged, so that the run was resumed from an earlier one. Waits
-        for the save before, and raises its error; an asynchronous save raises its own from the next `save` or
-        `wait`. A save that fails raises CheckpointError, removes what it wrote and leaves the others alone.
+        for the save before; where that failed, saves this one first and then raises its error. An asynchronous
+        save raises its own from the next `save` or `wait`. A save that fails raises CheckpointError, removes what
+        it wrote and leaves the others alone.
         """
         from moesaic.parallel import checkpoint  # slow to import, and not needed by a run's first step
 
         try:
             self.wait()
-        except (
-            CheckpointError
-        ) as error:  # the disk may have room again: this save must not be lost with that one
-            self._say(f"an earlier checkpoint was not saved: {error}")
+        except CheckpointError:
+            # the run ends here: what it did since must not be lost if there is room again
+            checkpoint.save(self.path(step), tensors, meta, group=self._group)
+            self._prune(step)
+            raise
         if self.config.asynchronous:
             self._pending = checkpoint.save_async(
                 self.path(step), tensors, meta, group=self._group, after=lambda: self._prune(step)
