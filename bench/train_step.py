@@ -17,7 +17,7 @@ from peers import Architecture, PlainTrainer, Recipe, plain_transformers_trainer
 from timing import comparison, interleave, table, write_result
 from torch import Tensor
 
-from moesaic.data.loader import Batch, Loader
+from moesaic.data.loader import Batch
 from moesaic.data.prepare import prepare
 from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.transformer import Transformer
@@ -54,9 +54,7 @@ def against_peers(threads: int, rounds: int) -> str:
     """Time ours and theirs in turns; ValueError where their losses differ."""
     run = read_run("quickstart", [*PLAIN_ROUTER, f"train.threads={threads}"])
     prepared = prepare(run.data)
-    sequences = run.train.batch_tokens // run.data.seq_len
-    mark = prepared.tokenizer.mark
-    loader = Loader(prepared.train, mark=mark, seq_len=run.data.seq_len, sequences=sequences, seed=run.seed)
+    loader = session.loader_of(run, prepared)
     trainee = build_trainee(run, prepared.tokenizer.vocab, choose_device(run.train))
     batch = loader.batch(0)
     theirs = {

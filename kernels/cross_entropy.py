@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.combine import accumulation_dtype
 
+CHUNK = 1024
+"""Tokens whose logits exist at one time."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -55,7 +58,7 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, " T"],
     *,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
 ) -> Float[Tensor, ""]:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; negative targets are padding.
 

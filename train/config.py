@@ -107,6 +107,11 @@ class RunConfig:
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed: {self.seed} is not in 0 to 2^63 - 1")
 
+    @property
+    def micro_batch_rows(self) -> int:
+        """Sequences of one forward pass."""
+        return self.train.batch_tokens // self.train.micro_batches // self.data.seq_len
+
     def check(self, world_size: int = 1) -> None:
         """Raise ValueError, naming the field, for every combination that cannot run on `world_size` ranks."""
         seq_len, batch = self.data.seq_len, self.train.batch_tokens

@@ -62,7 +62,7 @@ def held_out(run: RunConfig, prepared: Prepared, *, limit: int) -> Iterable[Batc
         prepared.eval,
         mark=prepared.tokenizer.mark,
         seq_len=run.data.seq_len,
-        sequences=run.train.batch_tokens // run.train.micro_batches // run.data.seq_len,
+        sequences=run.micro_batch_rows,
         limit_tokens=limit,
     )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.data.loader import Batch
+from moesaic.kernels.cross_entropy import CHUNK
 from moesaic.models.accounting import meta_model
 from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
@@ -14,7 +15,6 @@ from moesaic.parallel.parallelize import parallelize
 from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
 
-LOGITS_CHUNK = 1024
 FEW_ROWS = 4
 """Larger micro-batches are extrapolated from this many rows and twice as many."""
 
@@ -30,13 +30,12 @@ def estimate(
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     width = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
-    tokens = run.train.batch_tokens // run.train.micro_batches
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": 2 * gradients,
         "activations": saved_bytes(model, run, dtype, device),
-        "logits": min(LOGITS_CHUNK, tokens) * vocab * width,
+        "logits": min(CHUNK, run.micro_batch_rows * run.data.seq_len) * vocab * width,
     }
 
 
@@ -46,13 +45,12 @@ def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: 
         # compiled or not, a region keeps the same tensors; compiling without storage is not possible
         model = parallelize(model.to_empty(device=device), replace(run.parallel, compile=False))
         compute = Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)
-        rows = run.train.batch_tokens // run.train.micro_batches // run.data.seq_len
+        rows = run.micro_batch_rows
         if rows <= 2 * FEW_ROWS:
             return kept_bytes(model, run, compute, rows)
         few, more = (kept_bytes(model, run, compute, n) for n in (FEW_ROWS, 2 * FEW_ROWS))
-        return (
-            few + (more - few) * (rows - FEW_ROWS) // FEW_ROWS
-        )  # linear in the rows, but for their membership
+        # linear in the rows, but for the membership matrix of balance losses
+        return few + (more - few) * (rows - FEW_ROWS) // FEW_ROWS
 
 
 def kept_bytes(model: Transformer, run: RunConfig, compute: Compute, rows: int) -> int:
@@ -63,10 +61,8 @@ def kept_bytes(model: Transformer, run: RunConfig, compute: Compute, rows: int) 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if id(tensor) not in own and (tensor._base is None or id(tensor._base) not in own):
-            kept[storage._cdata] = (
-                tensor,
-                storage.nbytes(),
-            )  # holding the tensor keeps the key from being reused
+            # holding the tensor keeps the key from being reused
+            kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
     numbers = torch.zeros((rows, run.data.seq_len), dtype=torch.int64)
