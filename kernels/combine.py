@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.kernels import native
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which values of `dtype` are summed: fp32, or float64 for float64."""
@@ -31,6 +33,12 @@ def sum_rows(
 
     `weights` and `where` follow the assignments, which are sorted by token. Tokens without assignments get zeros.
     """
+    if native.serves(rows, weights):
+        tokens, dim = offsets.shape[0] - 1, rows.shape[1]
+        out = rows.new_empty(tokens, dim)
+        scales = None if weights is None else weights.contiguous()
+        native.run("sum_rows", rows.dtype, rows.contiguous(), where, offsets, scales, out, tokens, dim)
+        return out
     total = accumulation_dtype(rows.dtype)
     if per_token is not None:
         picks = where.unflatten(0, (-1, per_token)).unbind(1)  # K of (T,)
@@ -73,13 +81,19 @@ class _Combine(torch.autograd.Function):
         ctx: Any, rows: Tensor, weights: Tensor, csr: tuple[Tensor, Tensor, Tensor], per_token: int | None
     ):
         tokens, where, offsets = csr
-        ctx.save_for_backward(rows, weights, tokens, where)
+        ctx.save_for_backward(rows, weights, tokens, where, offsets)
         return sum_rows(rows, where, offsets, weights, per_token=per_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weights, tokens, where = ctx.saved_tensors
+        rows, weights, tokens, where, offsets = ctx.saved_tensors
+        if native.serves(grads[0], rows, weights):
+            grad, rows, weights = grads[0].contiguous(), rows.contiguous(), weights.contiguous()
+            grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+            tensors = (grad, rows, where, offsets, weights, grad_rows, grad_weights)
+            native.run("combine_backward", rows.dtype, *tensors, *grad.shape)
+            return grad_rows, grad_weights, None, None
         total = accumulation_dtype(rows.dtype)
         grad_rows = grads[0].index_select(0, tokens).to(total)  # (R, D)
         grad_weights = (grad_rows * rows).sum(-1).index_select(0, where).to(weights.dtype)

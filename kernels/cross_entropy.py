@@ -12,10 +12,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.kernels import native
 from moesaic.kernels.combine import accumulation_dtype
 
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
+
+
+def cross_entropy(
+    logits: Float[Tensor, "T V"], labels: Int[Tensor, " T"], *, with_gradient: bool
+) -> tuple[Float[Tensor, " T"], Float[Tensor, "T V"]]:
+    """Each row's loss in nats, and the gradient of their sum, for which the logits' memory is used.
+
+    Rows with a negative label are padding: no loss, no gradient.
+    """
+    if native.serves(logits):
+        losses = logits.new_empty(logits.shape[0])
+        sizes = (*logits.shape, int(with_gradient))
+        native.run("cross_entropy", logits.dtype, logits, labels.contiguous(), losses, *sizes)
+        return losses, logits
+    counted, labels = (labels >= 0)[:, None], labels.clamp(min=0)[:, None]
+    logs = logits.log_softmax(-1)
+    losses = -(logs.gather(1, labels) * counted).squeeze(1)
+    if with_gradient:
+        logs = logs.exp_()
+        logs.scatter_add_(1, labels, logs.new_full((), -1).expand_as(labels)).mul_(counted)
+    return losses, logs
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -27,21 +49,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = torch.zeros_like(weight, dtype=total) if needs else None
         for start in range(0, hidden.shape[0], chunk):
-            rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            counted = labels >= 0
-            labels = labels.clamp(min=0)
-            logs = (rows @ weight.T).to(total).log_softmax(-1)  # (chunk, V)
-            loss -= (logs.gather(1, labels) * counted).sum()
+            rows, labels = hidden[start : start + chunk], targets[start : start + chunk]
+            losses, grad = cross_entropy((rows @ weight.T).to(total), labels, with_gradient=needs)
+            loss += losses.sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = logs.exp_()  # in place; rows of padding are silenced where they are narrow
-                grad.scatter_add_(1, labels, grad.new_full((), -1).expand_as(labels))
                 grad = grad.to(hidden.dtype)
-                into = grad_hidden[start : start + chunk]
-                torch.mm(grad, weight, out=into).mul_(counted)
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
                 if total == hidden.dtype:
-                    grad_weight.addmm_(grad.T, rows * counted)
+                    grad_weight.addmm_(grad.T, rows)
                 else:
-                    grad_weight += grad.T @ (rows * counted)
+                    grad_weight += grad.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -1,8 +1,9 @@
 """Matrix products of consecutive groups of rows, each group with a matrix of its own.
 
 Knows nothing of tokens, routing or devices' number: rows come sorted by group, `counts` says how many each has.
-The CPU kernel is the reference. It runs in every dtype, float64 included, allocates exact rows (the library's
-`grouped_mm` leaves rows beyond the last offset uninitialised) and asks for no alignment.
+The reference runs in every dtype, float64 included, allocates exact rows (the library's `grouped_mm` leaves rows beyond
+the last offset uninitialised) and asks for no alignment. The CPU kernel runs the groups' products side by side, each on
+one thread.
 
 Dims: N rows, M groups, I inputs, O outputs.
 """
@@ -10,6 +11,8 @@ Dims: N rows, M groups, I inputs, O outputs.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from moesaic.kernels import native
 
 
 def _runs_grouped_mm(rows: Tensor, weights: Tensor) -> bool:
@@ -24,6 +27,14 @@ def _grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         offsets = counts.cumsum(0).to(torch.int32)
         return torch.nn.functional.grouped_mm(rows.contiguous(), weights.transpose(-2, -1), offs=offsets)
     out = rows.new_empty(rows.shape[0], weights.shape[1])
+    gemm = native.gemm(rows.dtype) if native.serves(rows, weights) else None
+    if gemm is not None:
+        groups, outputs, inputs = weights.shape
+        transposed = not weights.is_contiguous()
+        stored = weights.transpose(1, 2).contiguous() if transposed else weights
+        tensors = (rows.contiguous(), stored, counts, out)
+        native.run("grouped_linear", rows.dtype, gemm, *tensors, groups, inputs, outputs, int(transposed))
+        return out
     sizes = counts.tolist()  # on an accelerator the host waits here
     for size, part, matrix, into in zip(
         sizes, rows.split(sizes), weights.transpose(1, 2).unbind(), out.split(sizes), strict=True
@@ -42,6 +53,11 @@ def _(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Per group, the transposed left rows times the right rows: (N, O), (N, I) -> (M, O, I)."""
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+    gemm = native.gemm(left.dtype) if native.serves(left, right) else None
+    if gemm is not None:
+        tensors = (left.contiguous(), right.contiguous(), counts, out)
+        native.run("grouped_outer", left.dtype, gemm, *tensors, *out.shape)
+        return out
     sizes = counts.tolist()  # on an accelerator the host waits here
     for size, one, other, into in zip(
         sizes, left.split(sizes), right.split(sizes), out.unbind(), strict=True

@@ -10,27 +10,37 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.kernels import native
 from moesaic.kernels.combine import accumulation_dtype
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(accumulation_dtype(x.dtype))
-        inverse = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            .square_()
-            .div_(x.shape[-1])
-            .add_(eps)
-            .rsqrt_()
-        )
+        if native.serves(x, weight):
+            x, weight = x.contiguous(), weight.contiguous()
+            y = torch.empty_like(x)
+            inverse = x.new_empty(*x.shape[:-1], 1)
+            native.run("rms_norm_forward", x.dtype, x, weight, y, inverse, inverse.numel(), x.shape[-1], eps)
+        else:
+            wide = x.to(accumulation_dtype(x.dtype))
+            norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            y = (wide * inverse).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
+        if native.serves(grads[0], x, weight):
+            grad, grad_x, grad_weight = grads[0].contiguous(), torch.empty_like(x), torch.empty_like(weight)
+            rows, dim = inverse.numel(), x.shape[-1]
+            partial = x.new_empty(native.blocks(rows), dim)
+            tensors = (grad, x, weight, inverse, grad_x, grad_weight, partial)
+            native.run("rms_norm_backward", x.dtype, *tensors, rows, dim)
+            return grad_x, grad_weight, None
         grad = grads[0].to(inverse.dtype)
         product = grad * x
         grad_weight = inverse.flatten() @ product.reshape(-1, x.shape[-1])

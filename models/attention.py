@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
+from moesaic.kernels.rotary import normed_rotary
 from moesaic.models.norm import RMSNorm
-from moesaic.models.rope import rotate
 
 
 class KeyValues:
@@ -40,6 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         self.splits = (heads, kv_heads, kv_heads)
         self.channels = channels
+        self.eps = eps
         self.qkv = nn.Parameter(torch.empty(sum(self.splits) * channels, dim))
         self.out = nn.Parameter(torch.empty(dim, heads * channels))
         nn.init.normal_(self.qkv, std=dim**-0.5)
@@ -50,16 +51,17 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turns: Complex[Tensor, "S 1 C2"],
+        turns: Complex[Tensor, "S 1 P"],
         mask: Bool[Tensor, "B 1 S L"] | None,
         cache: KeyValues | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Attend to earlier positions; `mask` (True: may look) replaces the plain causal rule where it is given."""
         heads = F.linear(x, self.qkv.to(x.dtype)).unflatten(-1, (-1, self.channels))  # (B, S, H + 2 J, C)
-        q, k, v = heads.split(self.splits, dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, turns), rotate(k, turns)
+        norms = (self.q_norm, self.k_norm)
+        query_weight, key_weight = (None if norm is None else norm.weight for norm in norms)
+        q, k, v = normed_rotary(
+            heads, turns, self.splits[1], query_weight=query_weight, key_weight=key_weight, eps=self.eps
+        )
         if cache is not None:
             k, v = cache.extend(k, v)
         attended = F.scaled_dot_product_attention(

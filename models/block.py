@@ -49,7 +49,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turns: Complex[Tensor, "S 1 C2"],
+        turns: Complex[Tensor, "S 1 P"],
         mask: Bool[Tensor, "B 1 S L"] | None,
         tokens: RouterInput,
         cache: KeyValues | None = None,

@@ -1,18 +1,30 @@
-"""Every op against plain code: values, all gradients, odd and empty sizes, memory poisoned with NaN."""
+"""Every op against plain code, in C++ and in torch: values, gradients, odd and empty sizes, memory full of NaN."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from references import largest_error
 
+from moesaic.kernels import native
 from moesaic.kernels.combine import combine_rows, gather_rows, sum_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.kernels.gated import gated_silu
 from moesaic.kernels.grouped_linear import grouped_linear
 from moesaic.kernels.rms_norm import rms_norm
+from moesaic.kernels.rotary import normed_rotary
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 COUNTS = [[3, 0, 5, 1], [0, 0, 0], [0, 0, 7], [7, 0, 0], [513], [1] * 9, [130, 0, 1, 382]]
+
+
+@pytest.fixture(autouse=True, params=["cpp", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with the compiled kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    elif not native.serves(torch.ones(1)):
+        pytest.skip(native.status())
+    return request.param
 
 
 def poison() -> None:
@@ -116,6 +128,51 @@ def test_rms_norm_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
 
 
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [(2, 70, 3, 1, 6), (1, 1, 2, 2, 48), (3, 5, 1, 1, 2), (0, 4, 2, 1, 4)], ids=str
+)
+def test_normed_rotary(sizes: tuple[int, int, int, int, int], normed: bool) -> None:
+    batch, length, queries, keys, channels = sizes
+    torch.manual_seed(0)
+    heads = torch.randn(batch, length, queries + 2 * keys, channels, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, channels, dtype=torch.float64, requires_grad=True)
+    turns = torch.polar(
+        torch.ones(length, 1, channels // 2).double(), torch.randn(length, 1, channels // 2).double()
+    )
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if normed:
+            x = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+        cos, sin = turns.real, turns.imag
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    q, k, v = heads.split((queries, keys, keys), dim=2)
+    want = plain(q, weights[0]), plain(k, weights[1]), v
+    poison()
+    chosen = {"query_weight": weights[0], "key_weight": weights[1]} if normed else {}
+    got = normed_rotary(heads, turns, keys, eps=1e-3, **chosen)
+    leaves = (heads, weights) if normed else (heads,)
+    # as attention leaves them: sequences, heads, positions
+    grads = [torch.randn_like(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in want]
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(got, leaves, grads)
+    for mine, theirs in zip(ours, torch.autograd.grad(want, leaves, grads), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_normed_rotary_leaves_unused_outputs_without_gradient() -> None:
+    heads = torch.randn(1, 4, 4, 6, requires_grad=True)
+    turns = torch.polar(torch.ones(4, 1, 3), torch.randn(4, 1, 3))
+    q, _, _ = normed_rotary(heads, turns, 1)
+    q.sum().backward()
+    assert heads.grad is not None
+    assert heads.grad[:, :, :2].any()
+    assert not heads.grad[:, :, 2:].any()
+
+
 def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
     x = torch.randn(64, 300).to(torch.bfloat16)
     weight = torch.randn(300)
@@ -129,6 +186,24 @@ def test_gated_silu_gradients() -> None:
     hidden = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(gated_silu(hidden), F.silu(hidden[:, :5]) * hidden[:, 5:])
     assert torch.autograd.gradcheck(gated_silu, (hidden,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_silu_of_extremes(dtype: torch.dtype) -> None:
+    ends = [0.0, -0.0, 1e-30, 20, -20, 90, -90, 800, -800, 1e30, -1e30]
+    gate = torch.tensor(ends, dtype=dtype)
+    hidden = torch.cat([gate, torch.ones_like(gate)])[None].requires_grad_()
+    y = gated_silu(hidden)
+    y.sum().backward()
+    plain = gate.double().clone().requires_grad_()
+    want = F.silu(plain)
+    want.sum().backward()
+    assert hidden.grad is not None
+    assert plain.grad is not None
+    tiny = torch.finfo(dtype).tiny * 100  # where results are denormal, or nearly
+    torch.testing.assert_close(y[0].double(), want, rtol=1e-6, atol=tiny)
+    torch.testing.assert_close(hidden.grad[0, : len(ends)].double(), plain.grad, rtol=1e-6, atol=1e-30)
+    assert gated_silu(torch.full((1, 2), float("nan"), dtype=dtype)).isnan().all()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -155,3 +230,37 @@ def test_linear_cross_entropy_of_huge_logits_and_padding_only() -> None:
     assert loss.item() == 0
     assert hidden.grad is not None
     assert not hidden.grad.any()
+
+
+def test_empty_inputs() -> None:
+    none = torch.zeros(0, 6, requires_grad=True)
+    assert rms_norm(none, torch.ones(6), 1e-6).shape == (0, 6)
+    assert gated_silu(none).shape == (0, 3)
+    weight = torch.ones(4, 6, requires_grad=True)
+    loss = linear_cross_entropy(none, weight, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_inputs_with_strides() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 10, dtype=torch.float64).T.requires_grad_()  # (10, 6)
+    weight = torch.randn(12, dtype=torch.float64)[::2].requires_grad_()
+    grad = torch.randn(6, 10, dtype=torch.float64).T
+    want = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    ours = torch.autograd.grad(rms_norm(x, weight, 1e-3), (x, weight), grad)
+    for mine, theirs in zip(ours, torch.autograd.grad(want, (x, weight), grad), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    gated = torch.autograd.grad(gated_silu(x), x, grad[:, :3])[0]
+    plain = torch.autograd.grad(F.silu(x[:, :3]) * x[:, 3:], x, grad[:, :3])[0]
+    torch.testing.assert_close(gated, plain)
+
+
+def test_nan_reaches_the_loss() -> None:
+    hidden = torch.randn(3, 4)
+    hidden[1, 2] = float("nan")
+    assert linear_cross_entropy(hidden, torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)).isnan()
+    assert rms_norm(hidden, torch.ones(4), 1e-6)[1].isnan().all()
+    assert not rms_norm(hidden, torch.ones(4), 1e-6)[0].isnan().any()

@@ -10,9 +10,10 @@ from references import largest_error, moe_by_tokens
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moesaic.kernels.rotary import rotate
 from moesaic.models.accounting import account
 from moesaic.models.names import logical_tensors
-from moesaic.models.rope import rotate, rotations
+from moesaic.models.rope import rotations
 from moesaic.models.transformer import Transformer
 from moesaic.moe import BalanceLoss, MoE, RouterInput, TopKRouter, ZLoss, aux_loss
 from moesaic.moe.feedforward import FeedForward

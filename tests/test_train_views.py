@@ -37,6 +37,7 @@ START = Start(
     device_reason="no CUDA device was found",
     precision="bf16",
     precision_reason="1.8 times faster than fp32 here",
+    kernels="C++, compiled for this processor",
     layout="1 process",
     corpus="python",
     documents=3412,

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from moesaic.kernels import native
+
 
 def environment(command: Sequence[str], *, threads: int) -> dict[str, Any]:
     """One entry of `environment.json`, as plain JSON values. `threads`: CPU threads of this rank."""
@@ -28,6 +30,7 @@ def environment(command: Sequence[str], *, threads: int) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "cpu_kernels": native.status(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "executable": sys.executable,

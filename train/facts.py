@@ -30,6 +30,8 @@ class Start:
     device_reason: str
     precision: str
     precision_reason: str
+    kernels: str
+    """What computes: compiled kernels, or torch and why."""
     layout: str
     """Processes, mesh, recomputation, compilation."""
     corpus: str

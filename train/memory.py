@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.data.loader import Batch
+from moesaic.kernels import native
 from moesaic.kernels.cross_entropy import CHUNK
 from moesaic.models.accounting import meta_model
 from moesaic.models.transformer import Transformer
@@ -41,7 +42,10 @@ def estimate(
 
 def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: str) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass, parameters left out."""
-    with FakeTensorMode(allow_non_fake_inputs=True):  # kernels of the real device, tensors without storage
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        native.simulated(),
+    ):  # kernels of the real device, tensors without storage
         # compiled or not, a region keeps the same tensors; compiling without storage is not possible
         model = parallelize(model.to_empty(device=device), replace(run.parallel, compile=False))
         compute = Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)

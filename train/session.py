@@ -14,6 +14,7 @@ from moesaic.data.loader import Loader
 from moesaic.data.prepare import prepare
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import expected_vocab, load_tokenizer
+from moesaic.kernels import native
 from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.moe.layer import MoE
 from moesaic.parallel.storage import CheckpointError
@@ -239,6 +240,7 @@ def start_of(
         device_reason=device.why_device,
         precision=precision_name(device.dtype),
         precision_reason=device.why_dtype,
+        kernels=native.status() if device.device.type == "cpu" else "torch",
         layout=", ".join(layout),
         corpus=run.data.kind,
         documents=summary["documents"],

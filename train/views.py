@@ -68,6 +68,7 @@ def start_view(start: Start) -> RenderableType:
         ),
         ("device", _line(("*", start.device), f" - {start.device_reason}")),
         ("precision", _line(("*", start.precision), f" - {start.precision_reason}")),
+        ("kernels", _line(start.kernels)),
         ("layout", _line(start.layout + micro)),
         ("memory", _Shares(start.memory)),
         ("folder", _line(start.folder)),

@@ -1,0 +1,144 @@
+"""The compiled kernels of the CPU: how they are built, when they serve, and that threads change no bit."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moesaic.kernels import native
+from moesaic.kernels.combine import combine_rows
+from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.kernels.gated import gated_silu
+from moesaic.kernels.grouped_linear import grouped_linear
+from moesaic.kernels.rms_norm import rms_norm
+from moesaic.kernels.rotary import normed_rotary
+from moesaic.models.transformer import Transformer
+from moesaic.moe.layer import MoE
+from moesaic.moe.topk import TopKRouter
+
+needs_compiler = pytest.mark.skipif(not native.serves(torch.ones(1)), reason=native.status())
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """An empty cache, and nothing loaded."""
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    native._built.cache_clear()
+    yield tmp_path
+    native._built.cache_clear()
+
+
+@needs_compiler
+def test_a_second_process_finds_the_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = native.build()
+    assert list((fresh / "kernels").iterdir()) == [built]
+    stamp = built.stat().st_mtime_ns
+    assert native.build() == built
+    assert built.stat().st_mtime_ns == stamp
+
+
+def test_without_a_compiler_torch_computes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not native.serves(torch.ones(1))
+    assert native.status() == "torch (no C++ compiler found: no-such-compiler)"
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = fresh / "broken-g++"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert not native.serves(torch.ones(1))
+    assert native.status() == "torch (broken-g++ failed: x.cpp:1: error: no such flag)"
+    assert not list((fresh / "kernels").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "kernels").write_text("a file")
+    assert not native.serves(torch.ones(1))
+    assert str(fresh / "kernels") in native.status() or "no C++ compiler" in native.status()
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(fresh: Path) -> None:
+    built = native.build()
+    built.write_bytes(b"not a library")
+    assert native.serves(torch.ones(1)), native.status()
+    ctypes.CDLL(str(built))
+
+
+def test_can_be_switched_off() -> None:
+    code = "import torch; from moesaic.kernels import native; print(native.serves(torch.ones(1)), native.status())"
+    env = {**os.environ, "MOESAIC_NATIVE": "0"}
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert shown.stdout == "False torch (MOESAIC_NATIVE is 0)\n"
+
+
+@needs_compiler
+def test_serves_plain_tensors_of_one_type() -> None:
+    one = torch.ones(1)
+    assert native.serves(one, None, torch.nn.Parameter(one))
+    assert not native.serves(one.half())
+    assert not native.serves(one, one.double())
+    assert not native.serves(torch.ones(1, device="meta"))
+    with FakeTensorMode() as mode:
+        assert not native.serves(mode.from_tensor(one))
+
+
+@needs_compiler
+def test_threads_change_no_bit() -> None:
+    torch.manual_seed(0)
+    rows, width = 300, 24
+    x = torch.randn(rows, 2 * width)
+    counts = torch.tensor([270, 0, 30])
+    turns = torch.polar(torch.ones(30, 1, 4), torch.randn(30, 1, 4))
+    where, offsets = torch.randperm(rows), torch.arange(0, rows + 1, 3)
+    calls = {
+        rms_norm: lambda x, w: rms_norm(x, w[0], 1e-6),
+        gated_silu: lambda x, w: gated_silu(x),
+        normed_rotary: lambda x, w: torch.cat(
+            normed_rotary(x.view(10, 30, 6, 8), turns, 2, query_weight=w[0, :8], key_weight=w[1, :8]), 2
+        ),
+        combine_rows: lambda x, w: combine_rows(x, x[:, 0].sigmoid(), where // 3, where, offsets),
+        linear_cross_entropy: lambda x, w: linear_cross_entropy(x, w, torch.arange(rows) % 5, chunk=64),
+        grouped_linear: lambda x, w: grouped_linear(x, w.unflatten(0, (3, -1)), counts),
+    }
+    for op, call in calls.items():
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [x.clone().requires_grad_(), torch.linspace(-1, 1, 6 * 48).view(6, 48).requires_grad_()]
+            y = call(*leaves)
+            y.square().sum().backward()
+            results.append([y, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+        for other in results[1:]:
+            assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True)), op
+
+
+@needs_compiler
+def test_a_model_computes_the_same_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = TopKRouter.Config(k=2)
+    config = Transformer.Config(
+        dim=48, layers=2, heads=4, kv_heads=2, ffn=MoE.Config(num_experts=4, hidden=40, router=router)
+    )
+    tokens = torch.randint(0, 99, (4, 65), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        model = Transformer(config, 99, seed=0).double()
+        loss = model(tokens[:, :-1], tokens[:, 1:].contiguous(), mode="train", dtype=torch.float64).loss
+        assert loss is not None
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours = gradients()
+    monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    plain = gradients()
+    assert len(ours) == len(plain)
+    for mine, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
