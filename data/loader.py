@@ -8,7 +8,7 @@ Dims: B rows of a batch, S tokens of a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class Batch:
     """Index of the row within the step's global batch: `rows * S + s` is the global token index."""
     samples: Int[Tensor, "B"]
     """Which window of the corpus the row is."""
+    cuts: tuple[int, ...] | None = None
+    """Rows of each micro-batch, where the loader fixed them."""
 
     @property
     def num_targets(self) -> int:
@@ -41,17 +43,34 @@ class Batch:
         return int((self.targets >= 0).sum())
 
     def split(self, micro_batches: int) -> "list[Batch]":
-        """The rows in order, in `micro_batches` parts whose sizes differ by at most one."""
+        """The rows in order, in `micro_batches` parts: as the loader cut them, else as equal as can be."""
         if not 1 <= micro_batches <= len(self.rows):
             raise ValueError(
                 f"micro_batches: {micro_batches} is not in 1..{len(self.rows)}, the number of rows"
             )
         fields = (self.tokens, self.targets, self.documents, self.rows, self.samples)
-        return [Batch(*parts) for parts in zip(*(f.tensor_split(micro_batches) for f in fields), strict=True)]
+        if self.cuts is not None and len(self.cuts) == micro_batches:
+            split = [field.split(self.cuts) for field in fields]
+        else:
+            split = [field.tensor_split(micro_batches) for field in fields]
+        return [Batch(*parts) for parts in zip(*split, strict=True)]
+
+    def share(self, rank: int, ranks: int) -> "Batch":
+        """The rows of one rank; where there are more ranks than rows, a row of padding for those without."""
+        first, end = rank * len(self.rows) // ranks, (rank + 1) * len(self.rows) // ranks
+        empty = first == end
+        rows = slice(0, 1) if empty else slice(first, end)
+        fields = (self.tokens, self.targets, self.documents, self.rows, self.samples)
+        tokens, targets, documents, numbers, samples = (field[rows] for field in fields)
+        return Batch(tokens, torch.full_like(targets, -1) if empty else targets, documents, numbers, samples)
 
 
 class Loader:
-    """Training batches for one rank out of `ranks`, each with a contiguous share of the step's rows."""
+    """Training batches for one rank out of `ranks`.
+
+    The step's rows form equal micro-batches, in order, and each rank has a contiguous share of every one: a micro-batch
+    holds the same rows over any number of ranks.
+    """
 
     def __init__(
         self,
@@ -63,10 +82,14 @@ class Loader:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         """`sequences` is the number of rows of the global batch. DataError where there is no window."""
-        if not 0 <= rank < ranks <= sequences:
-            raise DataError(f"rank {rank} of {ranks} ranks gets no row of a batch of {sequences} sequences")
+        if sequences % micro_batches or not 0 <= rank < ranks <= sequences // micro_batches:
+            raise DataError(
+                f"rank {rank} of {ranks} ranks gets no row of one of {micro_batches} micro-batches of "
+                f"{sequences} sequences"
+            )
         self.num_windows = (len(tokens) - 1) // seq_len
         if self.num_windows < 1:
             raise DataError(
@@ -75,7 +98,10 @@ class Loader:
             )
         self.tokens, self.mark, self.seq_len = np.asarray(tokens), mark, seq_len
         self.sequences, self.seed = sequences, seed
-        self.rows = np.arange(rank * sequences // ranks, (rank + 1) * sequences // ranks)
+        micro = sequences // micro_batches
+        first, end = rank * micro // ranks, (rank + 1) * micro // ranks
+        self.rows = (np.arange(micro_batches)[:, None] * micro + np.arange(first, end)).flatten()
+        self.cuts = (end - first,) * micro_batches
 
     def batch(self, step: int) -> Batch:
         """The rows of this rank at this step: a pure function of (seed, step)."""
@@ -86,7 +112,8 @@ class Loader:
             chosen = epochs == epoch
             windows[chosen] = permute(positions[chosen], self.num_windows, seed=self.seed, epoch=int(epoch))
         at = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        return _batch(self.tokens[at].astype(np.int64), mark=self.mark, rows=self.rows, samples=windows)
+        batch = _batch(self.tokens[at].astype(np.int64), mark=self.mark, rows=self.rows, samples=windows)
+        return replace(batch, cuts=self.cuts)
 
     def epoch(self, step: int) -> float:
         """Passes over the corpus completed before this step."""

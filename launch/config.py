@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from moesaic.train.config import RunConfig
 
 
-def read_run(path_or_name: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
+def read_run(
+    path_or_name: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1
+) -> RunConfig:
     """The checked run of a config file, or of a shipped config's name, under `a.b=value` overrides.
 
-    Raises ConfigError naming the file or field, the value and the remedy; `world_size` processes will run it.
+    Raises ConfigError naming the file or field, the value and the remedy; `world_size` processes will run it;
+    None: as many as its layout asks for.
     """
     mapping = read_layers(str(path_or_name), overrides)
     from moesaic.train.config import (

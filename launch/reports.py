@@ -31,11 +31,44 @@ def inspect_view(facts: Mapping[str, Any]) -> RenderableType:
     _row(table, "  arithmetic", flops(training["flops"]))
     _row(table, "precision", facts["precision"], f"on {facts['device']}; {facts['precision_reason']}")
     _row(
-        table, "memory", size(sum(memory.values())), "estimated; work space of single operations comes on top"
+        table,
+        "memory" if facts["ranks"] == 1 else f"memory, each of {facts['ranks']} processes",
+        size(sum(memory.values())),
+        "estimated; work space of single operations comes on top",
     )
     for name, value in memory.items():
         _row(table, f"  {name}", size(value))
     return table
+
+
+def audit_view(found: Mapping[str, Any]) -> RenderableType:
+    """The worst finding of each kind of value, and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", title_justify="left")
+    table.title = (
+        f"{found['name']} on {found['ranks']} {'rank' if found['ranks'] == 1 else 'ranks'}: {found['layout']}"
+    )
+    table.add_column("")
+    table.add_column("largest error", justify="right")
+    table.add_column("factor", justify="right")
+    table.add_column("worst at")
+    worst: dict[str, Mapping[str, Any]] = {}
+    for finding in found["findings"]:
+        if finding["what"] not in worst or not finding["error"] <= worst[finding["what"]]["error"]:
+            worst[finding["what"]] = finding
+    for what, finding in worst.items():
+        style = "" if finding["passed"] else "bold red"
+        where = f"step {finding['step']}, {finding['where']}" if finding["error"] else "exact"
+        table.add_row(what, f"{finding['error']:.1e}", f"{finding['scale']:.3f}", where, style=style)
+    failed = sum(not finding["passed"] for finding in worst.values())
+    limit = f"{found['limit']:.0e}"
+    verdict = (
+        Text(f"passed: every value is within {limit} of one process", style="bold green")
+        if not failed
+        else Text(
+            f"FAILED: {failed} of {len(worst)} kinds of values differ by more than {limit}", style="bold red"
+        )
+    )
+    return Group(table, verdict)
 
 
 def stats_view(summary: Mapping[str, Any]) -> RenderableType:

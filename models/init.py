@@ -5,6 +5,7 @@ outputs are scaled down with depth.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,19 @@ SUBLAYER_OUTPUTS = ("out", "w2")
 """Matrices that write to the residual stream."""
 
 
+Window = Callable[[Tensor], tuple[Tensor, int]]
+"""The part of a tensor that lies here, sharing its memory, and the number of its first row in the whole."""
+
+
+def whole(tensor: Tensor) -> tuple[Tensor, int]:
+    """The window of a tensor that lies on one rank."""
+    return tensor, 0
+
+
 @torch.no_grad()
-def initialize(model: nn.Module, *, layers: int, std: float | None, seed: int) -> None:
+def initialize(
+    model: nn.Module, *, layers: int, std: float | None, seed: int, window: Window = whole
+) -> None:
     """Fill every tensor in place: norms 1, router biases 0, matrices normal (see `Transformer.Config.init_std`)."""
     names = {id(tensor): name for name, tensor in logical_tensors(model).items()}
     for module in model.modules():
@@ -31,19 +43,23 @@ def initialize(model: nn.Module, *, layers: int, std: float | None, seed: int) -
             if attribute in SUBLAYER_OUTPUTS:
                 spread /= (2 * layers) ** 0.5
             name = names[id(tensor)]
+            here, first = window(tensor)
             if isinstance(module, Bank):
-                for number, expert in enumerate(tensor):
-                    fill_normal(expert, spread, f"{seed}/{name}/{number}")
+                for number, expert in enumerate(here, first):
+                    fill_normal(expert, spread, f"{seed}/{name}/{number}", expert.shape, 0)
             else:
-                fill_normal(tensor, spread, f"{seed}/{name}")
+                fill_normal(here, spread, f"{seed}/{name}", tensor.shape, first)
         if isinstance(module, TopKRouter):
             module.bias.zero_()
 
 
-def fill_normal(tensor: Tensor, std: float, label: str) -> None:
-    """Normal values that depend on the label only. Drawn on the CPU, so that every device starts alike."""
-    if tensor.is_meta:
+def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, first: int) -> None:
+    """Rows from `first` on of normal values of `shape` that depend on the label only.
+
+    Drawn on the CPU, so that every device starts alike.
+    """
+    if tensor.is_meta or not tensor.numel():
         return
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
-    values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
-    tensor.copy_(values.mul_(std))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    tensor.copy_(values[first : first + tensor.shape[0]].mul_(std))

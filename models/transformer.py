@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.models.attention import Attention, KeyValues
 from moesaic.models.block import Block
-from moesaic.models.init import initialize
+from moesaic.models.init import Window, initialize, whole
 from moesaic.models.norm import RMSNorm
 from moesaic.models.rope import rotations
 from moesaic.moe.balance import LayerStats
@@ -144,11 +144,22 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab = vocab
         self.embedding = nn.Parameter(torch.empty(vocab, config.dim))
-        banks: dict[str, Bank] = {}
+        # named banks, which layers may share, belong to no layer
+        banks = {
+            ffn.bank: Bank(ffn.bank, ffn.num_experts, ffn.expert, config.dim, ffn.hidden)
+            for ffn in config.ffns()
+            if isinstance(ffn, MoE.Config) and ffn.bank is not None
+        }
+        self.banks = nn.ModuleList(banks.values())
         self.blocks = Blocks(make_block(config, ffn, index, banks) for index, ffn in enumerate(config.ffns()))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Parameter(torch.empty(vocab, config.dim))
-        initialize(self, layers=config.layers, std=config.init_std, seed=seed)
+        self.initialize(seed)
+
+    def initialize(self, seed: int, *, window: Window = whole) -> None:
+        """Give every tensor its initial value; `window` says which part of it lies here."""
+        config = self.config
+        initialize(self, layers=config.layers, std=config.init_std, seed=seed, window=window)
 
     def forward(
         self,
@@ -197,7 +208,7 @@ class Transformer(nn.Module):
 
 
 def make_block(config: Transformer.Config, ffn: FfnConfig, index: int, banks: dict[str, Bank]) -> Block:
-    """Layer `index`; its bank is taken from `banks`, or made and added there."""
+    """Layer `index`; a bank with a name is taken from `banks`, others belong to the layer."""
     kv_heads, channels = config.key_heads, config.channels
     attention = Attention(
         config.dim, config.heads, kv_heads, channels, qk_norm=config.qk_norm, eps=config.norm_eps
@@ -205,10 +216,8 @@ def make_block(config: Transformer.Config, ffn: FfnConfig, index: int, banks: di
     if isinstance(ffn, FeedForward.Config):
         feed: FeedForward | MoE = FeedForward(ffn, config.dim)
     else:
-        name = ffn.bank or f"layer{index}"
-        feed = MoE(ffn, config.dim, bank=banks.get(name), name=name)
-        if feed.bank is not None:
-            banks[name] = feed.bank
+        shared = None if ffn.bank is None else banks[ffn.bank]
+        feed = MoE(ffn, config.dim, bank=shared, name=f"layer{index}")
     return Block(
         config.dim, attention, feed, index=index, peri_norm=config.norm == "peri", eps=config.norm_eps
     )

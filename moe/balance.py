@@ -39,6 +39,11 @@ class BalanceLoss:
         check_coef(self.coef)
 
     @property
+    def additive(self) -> bool:
+        """Whether `finish` of a sum is the sum of `finish`: then ranks need not exchange sums."""
+        return self.scope == "sequence"
+
+    @property
     def name(self) -> str:
         """In metrics."""
         return "balance" if self.scope == "sequence" else "micro_batch_balance"
@@ -82,6 +87,7 @@ class ZLoss:
     """Factor of the loss, per layer; layers add up."""
 
     name = "z"
+    additive = True
 
     def __post_init__(self) -> None:
         check_coef(self.coef)
@@ -128,8 +134,40 @@ def layer_stats(
     return LayerStats(inputs.layer, counts, entropy, aux)
 
 
-def aux_loss(layers: list[LayerStats], reduce: Callable[[Sums], Sums] = lambda sums: sums) -> Tensor | float:
-    """Sum over layers and terms of coefficient * loss * tokens; `reduce` adds the sums over the ranks of the scope."""
-    return sum(
-        (term.coef * term.finish(reduce(sums)) for layer in layers for term, sums in layer.aux), start=0.0
-    )
+@dataclass(frozen=True)
+class AuxValue:
+    """One term of one layer."""
+
+    layer: int
+    term: AuxTerm
+    value: Tensor
+    """Its loss times the number of counted tokens; of several ranks, this rank's share of that."""
+
+
+def aux_values(
+    layers: list[LayerStats], exchange: Callable[[Tensor], Tensor] | None = None, ranks: int = 1
+) -> list[AuxValue]:
+    """Finish every term. Over ranks, `exchange` sums a tensor over all of them, with a gradient.
+
+    Only terms that need the sums of the whole micro-batch are exchanged. All ranks then finish the same sums, and each
+    counts its part of the result, so that adding up gradients over ranks adds up to the term's own.
+    """
+    values = []
+    for layer in layers:
+        for term, sums in layer.aux:
+            if exchange is None or term.additive:
+                value = term.finish(sums)
+            else:
+                value = term.finish(tuple(exchange(part) for part in sums)) / ranks
+            values.append(AuxValue(layer.layer, term, value))
+    return values
+
+
+def aux_loss(layers: list[LayerStats]) -> Tensor | float:
+    """Sum over layers and terms of coefficient * loss * tokens, on one rank."""
+    return weighted(aux_values(layers))
+
+
+def weighted(values: list[AuxValue]) -> Tensor | float:
+    """Sum of coefficient * value."""
+    return sum((found.term.coef * found.value for found in values), start=0.0)

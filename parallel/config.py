@@ -11,9 +11,10 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages."""
     dp_replicate: int = 1
-    """Copies of the model."""
-    dp_shard: int = 1
-    """Shards of one copy."""
+    """Copies of the model, each over `dp_shard` ranks. All copies see different tokens."""
+    dp_shard: int | None = None
+    """Ranks that share one copy's weights, gradients and optimizer state (FSDP). None: all that there are, divided by
+    `dp_replicate`."""
     cp: int = 1
     """Parts of one sequence."""
     tp: int = 1
@@ -23,12 +24,32 @@ class ParallelConfig:
     compile: bool = False
     """Compile attention and the expert function with torch.compile."""
 
-    def check(self, world_size: int) -> None:
+    def __post_init__(self) -> None:
         for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise ValueError(f"{axis}: {size} is not positive")
+
+    def shards(self, world_size: int) -> int:
+        """Ranks that share one copy."""
+        return self.dp_shard or world_size // self.dp_replicate
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the layout asks for, or the fewest."""
+        return self.dp_replicate * (self.dp_shard or 1)
+
+    def check(self, world_size: int) -> None:
+        """Raise ValueError where the layout is not supported, or does not fit the number of processes."""
+        for axis in ("pp", "cp", "tp"):
             size = getattr(self, axis)
             if size != 1:
                 raise ValueError(f"parallel.{axis}: {size} is not supported yet; use 1")
-        if world_size != 1:
+        if self.dp_replicate * self.shards(world_size) != world_size:
+            wanted = self.ranks
+            multiple = "" if self.dp_shard else " or a multiple of it"
             raise ValueError(
-                f"{world_size} processes were started, but this run uses one; start it without torchrun"
+                f"parallel.dp_replicate: {self.dp_replicate} x dp_shard {self.dp_shard or '(all)'} asks for {wanted} "
+                f"processes{multiple}, but {world_size} run; start them with `torchrun --nproc-per-node {wanted} "
+                "-m moesaic ...`, or change the layout"
             )

@@ -1,29 +1,56 @@
-"""Lay a model out: recomputation, then compilation. Models never import this."""
+"""Lay a model out: recomputation, compilation, then sharding. Models never import this."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
 from torch import nn
 
+from moesaic.models.attention import Attention
 from moesaic.models.block import Block
-from moesaic.models.transformer import Transformer
-from moesaic.moe.layer import MoE
+from moesaic.moe.experts import Experts
+from moesaic.moe.feedforward import FeedForward
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.shard import shard
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Transformer, config: ParallelConfig) -> Transformer:
-    """Apply the options of `config` per block, in place, and return the model."""
-    for block in model.blocks:
-        block.recompute = config.recompute == "block"
-        if config.compile:
-            compile_regions(block)
+def parallelize(
+    model: Model,
+    config: ParallelConfig,
+    ranks: Ranks | None = None,
+    *,
+    units: Sequence[nn.Module] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Recompute and compile as `config` says, and shard over `ranks` where there are several; in place.
+
+    `units` are the parts of the model that are gathered and recomputed one at a time, `model.blocks` by default.
+    `dtype` is the compute type, in which sharded matrices travel. Matrices are DTensors afterwards: make the optimizer
+    then. A model on the meta device gets its memory by `to_empty` and its values by `initialize`.
+
+    Raises ValueError for `recompute` of units that are not moesaic's own.
+    """
+    units = list(model.blocks) if units is None else units  # type: ignore[arg-type]
+    for unit in units:
+        if isinstance(unit, Block):
+            unit.recompute = config.recompute == "block"
+        elif config.recompute != "none":
+            raise ValueError(
+                f"recompute: {type(unit).__name__} does not know it; use torch.utils.checkpoint in it"
+            )
+    if config.compile:
+        for unit in units:
+            compile_regions(unit)
+    if ranks is not None and ranks.mesh is not None:
+        shard(model, units, ranks, dtype)
     return model
 
 
-def compile_regions(block: Block) -> None:
+def compile_regions(unit: nn.Module) -> None:
     """Compile attention and the feed-forward's matrix work; routing and dispatch stay outside."""
-    block.attention.compile()
-    regions: list[nn.Module] = []
-    if isinstance(block.ffn, MoE):
-        regions = [block.ffn.experts, *([block.ffn.shared] if block.ffn.shared else [])]
-    else:
-        regions = [block.ffn]
-    for region in regions:
-        region.compile()
+    for module in unit.modules():
+        if isinstance(module, (Attention, Experts, FeedForward)):
+            module.compile()

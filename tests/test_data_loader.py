@@ -138,8 +138,29 @@ def test_too_little_text() -> None:
 
 
 def test_more_ranks_than_rows() -> None:
-    with pytest.raises(DataError, match="rank 0 of 4 ranks gets no row of a batch of 3 sequences"):
+    with pytest.raises(
+        DataError, match="rank 0 of 4 ranks gets no row of one of 1 micro-batches of 3 sequences"
+    ):
         loader(ranks=4)
+
+
+def test_ranks_share_every_micro_batch() -> None:
+    tokens = np.arange(1, 400, dtype=np.uint32)
+    common = {"mark": MARK, "seq_len": 4, "sequences": 12, "seed": 3, "micro_batches": 3}
+    whole = Loader(tokens, **common).batch(5)
+    for ranks in (2, 3, 4):
+        parts = [Loader(tokens, rank=rank, ranks=ranks, **common).batch(5).split(3) for rank in range(ranks)]
+        for number, micro in enumerate(whole.split(3)):
+            joined = torch.cat([part[number].tokens for part in parts])
+            assert torch.equal(joined, micro.tokens)
+            assert torch.equal(torch.cat([part[number].rows for part in parts]), micro.rows)
+
+
+def test_a_share_without_rows_is_padding() -> None:
+    batch = Loader(np.arange(1, 100, dtype=np.uint32), mark=MARK, seq_len=4, sequences=2, seed=0).batch(0)
+    shares = [batch.share(rank, 3) for rank in range(3)]
+    assert [share.num_targets for share in shares] == [0, 4, 4]
+    assert torch.equal(torch.cat([share.rows for share in shares[1:]]), batch.rows)
 
 
 def test_eval_visits_windows_in_order_and_pads_the_last() -> None:

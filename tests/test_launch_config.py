@@ -94,5 +94,13 @@ def test_sections_without_defaults_are_required(tmp_path: Path):
 
 
 def test_the_number_of_processes_is_checked(small: Path):
-    with pytest.raises(ConfigError, match="2 processes"):
-        read_run(small, world_size=2)
+    assert read_run(small, world_size=2).parallel.shards(2) == 2
+    with pytest.raises(ConfigError, match="dp_shard 2 asks for 2 processes, but 1 run"):
+        read_run(small, ["parallel.dp_shard=2"])
+    with pytest.raises(
+        ConfigError, match=r"parallel.dp_replicate: 2 x dp_shard .all. asks for 2 processes or a multiple"
+    ):
+        read_run(small, ["parallel.dp_replicate=2"], world_size=3)
+    with pytest.raises(ConfigError, match=r"train.micro_batch_tokens: .* fewer than the 64 processes"):
+        read_run(small, world_size=64)
+    assert read_run(small, ["parallel.dp_shard=2"], world_size=None).parallel.ranks == 2

@@ -28,6 +28,7 @@ INSPECTED: dict[str, Any] = {
         "train_flops_per_token": 18_000_000,
     },
     "training": {"steps": 700, "batch_tokens": 4096, "tokens": 2_867_200, "flops": 51_609_600_000_000},
+    "ranks": 1,
     "device": "cpu",
     "precision": "bf16",
     "precision_reason": "as configured",

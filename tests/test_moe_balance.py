@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.moe import BalanceLoss, RouterInput, Routing, TopKRouter, ZLoss, aux_loss
+from moesaic.moe import BalanceLoss, RouterInput, Routing, TopKRouter, ZLoss, aux_loss, aux_values
 from moesaic.moe.balance import LayerStats, layer_stats
 
 E, K = 6, 2
@@ -163,4 +163,18 @@ def test_aux_loss_adds_layers_with_their_coefficients() -> None:
     total = aux_loss([one, one])
     torch.testing.assert_close(total, logits.logsumexp(-1).square().sum())
     assert aux_loss([]) == 0
-    assert aux_loss([one], reduce=lambda sums: tuple(2 * s for s in sums)) == total
+
+
+def test_ranks_add_up_to_the_terms_of_all_tokens() -> None:
+    logits, lengths = logits_of(12), [5, 7]
+    terms = (BalanceLoss(coef=1.0, scope="micro_batch"), BalanceLoss(coef=1.0), ZLoss(coef=1.0))
+    parts = [stats_of(part, [n], terms) for part, n in zip(logits.split(lengths), lengths, strict=True)]
+    exchanged = [tuple(sum(rank.aux[0][1][j] for rank in parts) for j in range(2))]  # of the first term
+
+    def values(rank: int) -> list[torch.Tensor]:
+        sums = iter(exchanged[0])
+        return [found.value for found in aux_values([parts[rank]], lambda part: next(sums), len(parts))]  # type: ignore[arg-type, return-value]
+
+    whole = [found.value for found in aux_values([stats_of(logits, lengths, terms)])]
+    for mine, other, both in zip(values(0), values(1), whole, strict=True):
+        torch.testing.assert_close(mine + other, both)

@@ -17,6 +17,8 @@ from moesaic.moe import BalanceLoss, MoE, TopKRouter, ZLoss
 from moesaic.moe.feedforward import FeedForward
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.ranks import ALONE
+from moesaic.parallel.shard import gradient_norm
 from moesaic.train.evaluate import bits_per_byte, evaluate, target_bytes
 from moesaic.train.generate import generate, sample
 from moesaic.train.nonfinite import explain
@@ -27,7 +29,6 @@ from moesaic.train.optim import (
     Wsd,
     build_optimizer,
     clip_gradients,
-    gradient_norm,
     optimizer_tensors,
 )
 from moesaic.train.rules import StepState, balance_bias, rules_of
@@ -224,12 +225,12 @@ def test_optimizer_state_has_logical_names_from_the_start() -> None:
 def test_clipping() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.zeros(1)]
     parameters[0].grad, parameters[1].grad = torch.full((3,), 3.0), torch.full((2, 2), 4.0)
-    norm = gradient_norm(parameters).item()
+    norm = gradient_norm(parameters, ALONE)
     assert norm == pytest.approx(math.sqrt(27 + 64))
     clip_gradients(parameters, norm, 100.0)
     assert parameters[0].grad.tolist() == [3.0] * 3
     clip_gradients(parameters, norm, 1.0)
-    assert gradient_norm(parameters).item() == pytest.approx(1.0)
+    assert gradient_norm(parameters, ALONE) == pytest.approx(1.0)
 
 
 def test_schedules() -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from moesaic.data.tokenizer import Tokenizer, load_tokenizer
+from moesaic.models.accounting import meta_model
 from moesaic.models.names import logical_tensors
 from moesaic.models.transformer import Transformer
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.ranks import ALONE, Ranks
+from moesaic.parallel.shard import first_row, local
 from moesaic.parallel.storage import DamagedCheckpointError
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
@@ -31,6 +34,7 @@ class Trainee:
     optimizer: torch.optim.AdamW
     rules: list[Rule]
     compute: Compute
+    ranks: Ranks = ALONE
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by logical name: what a checkpoint holds and a resumed run restores in place."""
@@ -38,12 +42,21 @@ class Trainee:
         return model | optimizer_tensors(self.model, self.optimizer)
 
 
-def build_trainee(run: RunConfig, vocab: int, device: Device) -> Trainee:
-    """A fresh model on its device, with its optimizer and rules."""
-    model = Transformer(run.model, vocab, seed=run.seed).to(device.device)
-    optimizer = build_optimizer(model, run.optim)
-    parallelize(model, run.parallel)
-    return Trainee(model, optimizer, rules_of(model), compute_of(run, device))
+def build_trainee(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Trainee:
+    """A fresh model on its device, or this rank's part of it, with its optimizer and rules."""
+    model = build_model(run, vocab, device, ranks)
+    return Trainee(model, build_optimizer(model, run.optim), rules_of(model), compute_of(run, device), ranks)
+
+
+def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Transformer:
+    """A fresh model, laid out. Over several ranks, no rank ever holds more than one whole tensor."""
+    if ranks.mesh is None:
+        model = Transformer(run.model, vocab, seed=run.seed).to(device.device)
+        return parallelize(model, run.parallel)
+    model = parallelize(meta_model(run.model, vocab), run.parallel, ranks, dtype=device.dtype)
+    model.to_empty(device=device.device)
+    model.initialize(run.seed, window=lambda tensor: (local(tensor), first_row(tensor)))
+    return model
 
 
 def compute_of(run: RunConfig, device: Device) -> Compute:

@@ -25,11 +25,11 @@ class TrainConfig:
     batch_tokens: int
     """Tokens per optimizer step, over all ranks and micro-batches. A multiple of `data.seq_len`."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass. None: the whole batch at once. Must divide `batch_tokens`."""
+    """Tokens per forward pass, over all ranks. None: the whole batch at once. Must divide `batch_tokens`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of matrix products. `auto`: bf16 where the device is faster with it. Masters stay fp32."""
     threads: int | None = None
-    """CPU threads of one rank. None: as many as the machine has cores."""
+    """CPU threads of one rank. None: the machine's cores, divided among its ranks."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_tokens", "micro_batch_tokens", "threads")
@@ -109,11 +109,15 @@ class RunConfig:
 
     @property
     def micro_batch_rows(self) -> int:
-        """Sequences of one forward pass."""
+        """Sequences of one forward pass, over all ranks."""
         return self.train.batch_tokens // self.train.micro_batches // self.data.seq_len
 
-    def check(self, world_size: int = 1) -> None:
-        """Raise ValueError, naming the field, for every combination that cannot run on `world_size` ranks."""
+    def check(self, world_size: int | None = 1) -> None:
+        """Raise ValueError, naming the field, for every combination that cannot run on `world_size` ranks.
+
+        None: as many ranks as the layout asks for.
+        """
+        world_size = self.parallel.ranks if world_size is None else world_size
         seq_len, batch = self.data.seq_len, self.train.batch_tokens
         micro = self.train.micro_batch_tokens or batch
         if batch % seq_len:
@@ -127,6 +131,11 @@ class RunConfig:
                 f"train.micro_batch_tokens: {micro} does not divide train.batch_tokens = {batch}"
             )
         self.parallel.check(world_size)
+        if self.micro_batch_rows < world_size:
+            raise ValueError(
+                f"train.micro_batch_tokens: {micro} are {self.micro_batch_rows} sequences of data.seq_len = {seq_len}, "
+                f"fewer than the {world_size} processes; give at least {world_size * seq_len}"
+            )
         self.optim.schedule.check(self.train.steps)
 
 

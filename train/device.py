@@ -31,7 +31,7 @@ def choose_device(config: TrainConfig, *, stored_precision: str | None = None) -
         device, why = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     else:
         device, why = torch.device("cpu"), "no CUDA device found"
-    threads = config.threads or available_cores()
+    threads = config.threads or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     precision = config.precision if config.precision != "auto" else stored_precision
     if precision is not None:

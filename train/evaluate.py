@@ -14,6 +14,7 @@ from moesaic.data.loader import Batch, eval_batches
 from moesaic.data.prepare import prepare
 from moesaic.data.prepared import Prepared
 from moesaic.models.transformer import Transformer
+from moesaic.parallel.ranks import ALONE, Ranks
 from moesaic.train.assemble import print_warning, restore_run
 from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
@@ -32,16 +33,27 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, batches: Iterable[Batch], compute: Compute, token_bytes: np.ndarray
+    model: Transformer,
+    batches: Iterable[Batch],
+    compute: Compute,
+    token_bytes: np.ndarray,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Run the model in mode `eval` over `batches`. `token_bytes[i]` is the number of bytes that token i stands for."""
+    """Run the model in mode `eval` over `batches`, of which each rank takes its share of rows.
+
+    `token_bytes[i]` is the number of bytes that token i stands for.
+    """
     nats, tokens, size = 0.0, 0, 0
-    for batch in batches:
+    for whole in batches:
+        batch = whole.share(ranks.rank, ranks.size) if ranks.size > 1 else whole
         output = compute.forward(model, batch, mode="eval")
         assert output.loss is not None
         nats += output.loss.item()
         tokens += batch.num_targets
         size += target_bytes(batch, token_bytes)
+    if ranks.size > 1:
+        nats, *counts = ranks.sum(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
+        tokens, size = map(int, counts)
     return Evaluation(nats / max(1, tokens), bits_per_byte(nats, size), tokens, size)
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.data.loader import Batch, Loader
 from moesaic.data.prepared import Prepared
 from moesaic.train.assemble import Trainee
@@ -20,7 +22,7 @@ from moesaic.train.nonfinite import explain, save_batch
 from moesaic.train.profiling import Profiler
 from moesaic.train.step import NonFiniteError, Sums, accumulate, update
 from moesaic.train.stopping import StopRequest
-from moesaic.train.writers import MetricsWriter
+from moesaic.train.writers import MetricsWriter, NoMetrics
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Loop:
     flops_per_token: int
     """Of a training step."""
     checkpoints: Checkpoints
-    metrics: MetricsWriter
+    metrics: MetricsWriter | NoMetrics
     display: Display
     profiler: Profiler | None
     tally: Tally
@@ -74,24 +76,33 @@ class Loop:
             seconds = time.perf_counter() - started
             self.tally.step += 1
             self.tally.seconds += seconds
-            self.report(sums, metrics, batch, seconds)
+            bytes_, stopping = self.agree(batch, stop)
+            self.report(sums, metrics, bytes_, seconds)
             done, every = self.tally.step, self.config.eval.every
             due = done == total or (every and done % every == 0)
             if due and not self.evaluate():
                 return self.fail(batch, NonFiniteError("the held-out loss is not finite"))
-            if stop.signal is not None or self.checkpoints.due(done, total):
+            if stopping or self.checkpoints.due(done, total):
                 self.save()
-            if stop.signal is not None and done < total:
+            if stopping and done < total:
                 self.checkpoints.wait()
-                return f"stopped by {stop.signal}"
+                return f"stopped by {stop.signal or 'a signal to another rank'}"
         self.checkpoints.wait()
         return "finished"
+
+    def agree(self, batch: Batch, stop: StopRequest) -> tuple[int, bool]:
+        """Bytes of text that the step's targets stand for, and whether any rank was asked to stop."""
+        mine = [target_bytes(batch, self.token_bytes), stop.signal is not None]
+        size, asked = self.trainee.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        return int(size), asked > 0
 
     def step(self, batch: Batch) -> tuple[Sums, dict[str, float]]:
         """One optimizer step on a global batch."""
         config, trainee, step = self.config, self.trainee, self.tally.step
         parts = config.train.micro_batches
-        sums = accumulate(trainee.model, batch, trainee.compute, micro_batches=parts, step=step)
+        sums = accumulate(
+            trainee.model, batch, trainee.compute, micro_batches=parts, step=step, ranks=trainee.ranks
+        )
         steps = config.train.steps
         metrics = update(
             trainee.model,
@@ -101,15 +112,16 @@ class Loop:
             step=step,
             steps=steps,
             rules=trainee.rules,
+            ranks=trainee.ranks,
         )
         if self.profiler is not None:
             self.profiler.step()
         return sums, metrics
 
-    def report(self, sums: Sums, metrics: dict[str, float], batch: Batch, seconds: float) -> None:
+    def report(self, sums: Sums, metrics: dict[str, float], size: int, seconds: float) -> None:
         """Show the step and, where one is due, write its record. All of a record but `time/` is reproducible."""
         step = self.tally.step
-        bpb = bits_per_byte(metrics["loss"] * sums.tokens, target_bytes(batch, self.token_bytes))
+        bpb = bits_per_byte(metrics["loss"] * sums.tokens, size)
         self.loads = [
             LayerLoad(
                 layer=layer, counts=s.counts, tokens=sums.tokens, entropy=float(s.entropy) / sums.tokens
@@ -149,7 +161,8 @@ class Loop:
         config, step = self.config, self.tally.step
         started = time.perf_counter()
         batches = held_out(config, self.prepared, limit=config.eval.tokens)
-        result = evaluate(self.trainee.model, batches, self.trainee.compute, self.token_bytes)
+        trainee = self.trainee
+        result = evaluate(trainee.model, batches, trainee.compute, self.token_bytes, trainee.ranks)
         self.tally.last = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "step": step}
         finite = math.isfinite(result.loss)
         best = finite and (not self.tally.best or result.loss < self.tally.best["loss"])
@@ -183,8 +196,10 @@ class Loop:
         """Say where the NaN comes from and keep the batch; earlier checkpoints stay as they are."""
         step = self.tally.step
         trainee, parts = self.trainee, self.config.train.micro_batches
-        where = explain(trainee.model, batch, trainee.compute, micro_batches=parts, step=step)
-        path = self.folder / f"nonfinite_step_{step:08d}.safetensors"
+        ranks = trainee.ranks
+        where = explain(trainee.model, batch, trainee.compute, micro_batches=parts, step=step, ranks=ranks)
+        name = f"nonfinite_step_{step:08d}" + (f"_rank_{ranks.rank}" if ranks.size > 1 else "")
+        path = self.folder / f"{name}.safetensors"
         save_batch(batch, path, step=step)
         self.display.warn(f"step {step}: {error}; {where}; its batch is in {path}")
         self.checkpoints.wait()

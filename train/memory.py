@@ -13,6 +13,7 @@ from moesaic.models.accounting import meta_model
 from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.shard import replicated_parameters
 from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
 
@@ -21,26 +22,51 @@ FEW_ROWS = 4
 
 
 def estimate(
-    run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", ranks: int = 1
 ) -> dict[str, int]:
-    """Bytes by class: weights, gradients, optimizer, activations kept for the backward pass, a chunk of logits.
+    """Bytes of one rank by class: weights, gradients, optimizer, matrices gathered for a block and the one before it,
+    activations kept for the backward pass, a chunk of logits.
 
     Nothing is allocated. Working memory of single operations comes on top.
     """
     model = meta_model(run.model, vocab)
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    shards = run.parallel.shards(ranks)
+    whole = {id(parameter) for parameter in replicated_parameters(model)}
+
+    def share(tensor: Tensor) -> int:
+        """Bytes of this rank's part."""
+        size = tensor.numel() * tensor.element_size()
+        return (
+            size
+            if id(tensor) in whole or tensor.ndim < 2
+            else size * -(-len(tensor) // shards) // len(tensor)
+        )
+
+    gradients = sum(share(parameter) for parameter in model.parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     width = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
-    return {
-        "weights": weights,
+    rows = -(-run.micro_batch_rows // ranks)
+    found = {
+        "weights": gradients + buffers,
         "gradients": gradients,
         "optimizer": 2 * gradients,
-        "activations": saved_bytes(model, run, dtype, device),
-        "logits": min(CHUNK, run.micro_batch_rows * run.data.seq_len) * vocab * width,
+        "activations": saved_bytes(model, run, rows, dtype, device),
+        "logits": min(CHUNK, rows * run.data.seq_len) * vocab * width,
     }
+    if ranks > 1:
+        found["gathered"] = gathered_bytes(model, whole, dtype)
+    return found
 
 
-def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: str) -> int:
+def gathered_bytes(model: Transformer, whole: set[int], dtype: torch.dtype) -> int:
+    """The largest two neighbouring blocks and what belongs to no block, in the compute type, with their gradients."""
+    blocks = [sum(p.numel() for p in block.parameters() if id(p) not in whole) for block in model.blocks]
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in whole) - sum(blocks)
+    pairs = [sum(blocks[index : index + 2]) for index in range(len(blocks))]
+    return 2 * (rest + max(pairs)) * (torch.finfo(dtype).bits // 8)
+
+
+def saved_bytes(model: Transformer, run: RunConfig, rows: int, dtype: torch.dtype, device: str) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass, parameters left out."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -49,7 +75,6 @@ def saved_bytes(model: Transformer, run: RunConfig, dtype: torch.dtype, device: 
         # compiled or not, a region keeps the same tensors; compiling without storage is not possible
         model = parallelize(model.to_empty(device=device), replace(run.parallel, compile=False))
         compute = Compute(torch.device(device), dtype, mask_documents=run.data.mask_documents)
-        rows = run.micro_batch_rows
         if rows <= 2 * FEW_ROWS:
             return kept_bytes(model, run, compute, rows)
         few, more = (kept_bytes(model, run, compute, n) for n in (FEW_ROWS, 2 * FEW_ROWS))

@@ -7,21 +7,42 @@ import torch
 from moesaic.data.loader import Batch
 from moesaic.models.names import logical_tensors
 from moesaic.models.transformer import Transformer
+from moesaic.parallel.ranks import ALONE, Ranks
+from moesaic.parallel.shard import local
 from moesaic.train.step import Compute
 
 
-def explain(model: Transformer, batch: Batch, compute: Compute, *, micro_batches: int, step: int) -> str:
-    """Name the first tensor that is not finite: a weight, a layer's output, or a gradient."""
-    for name, tensor in logical_tensors(model).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"weight {name} is not finite before the step"
-    found = first_bad_layer(model, batch, compute, micro_batches=micro_batches, step=step)
-    if found is not None:
-        return found
-    for name, tensor in logical_tensors(model).items():
-        if tensor.grad is not None and not tensor.grad.isfinite().all():
-            return f"the forward pass is finite; the gradient of {name} is not"
+def explain(
+    model: Transformer, batch: Batch, compute: Compute, *, micro_batches: int, step: int, ranks: Ranks = ALONE
+) -> str:
+    """Name the first tensor that is not finite: a weight, a layer's output, or a gradient.
+
+    All ranks call it together, and get what the first rank with a finding found.
+    """
+    # every rank looks at everything: forward passes communicate
+    weights = bad_weight(model)
+    layer = first_bad_layer(model, batch, compute, micro_batches=micro_batches, step=step)
+    for kind in (weights, layer, bad_gradient(model)):
+        for rank, found in enumerate(ranks.gather(kind)):
+            if found is not None:
+                return found if ranks.size == 1 else f"{found} (rank {rank})"
     return "forward pass and gradients are finite one by one; their sum overflows"
+
+
+def bad_weight(model: Transformer) -> str | None:
+    """The first weight that is not finite."""
+    for name, tensor in logical_tensors(model).items():
+        if tensor.is_floating_point() and not local(tensor.detach()).isfinite().all():
+            return f"weight {name} is not finite before the step"
+    return None
+
+
+def bad_gradient(model: Transformer) -> str | None:
+    """The first gradient that is not finite."""
+    for name, tensor in logical_tensors(model).items():
+        if tensor.grad is not None and not local(tensor.grad).isfinite().all():
+            return f"the forward pass is finite; the gradient of {name} is not"
+    return None
 
 
 @torch.no_grad()
@@ -30,6 +51,7 @@ def first_bad_layer(
 ) -> str | None:
     """Run the forward pass again and watch every block's output."""
     seen: list[int] = []
+    found: str | None = None
 
     def watch(index: int):
         def hook(module: object, inputs: object, output: tuple[torch.Tensor, object]) -> None:
@@ -42,14 +64,16 @@ def first_bad_layer(
     try:
         for number, part in enumerate(batch.split(micro_batches)):
             output = compute.forward(model, part, mode="train", step=step)
+            if found is not None:
+                continue
             if seen:
-                return f"the output of layer {seen[0]} is not finite (micro-batch {number})"
-            if output.loss is not None and not output.loss.isfinite():
-                return f"every layer is finite, the loss of the output head is not (micro-batch {number})"
+                found = f"the output of layer {seen[0]} is not finite (micro-batch {number})"
+            elif output.loss is not None and not output.loss.isfinite():
+                found = f"every layer is finite, the loss of the output head is not (micro-batch {number})"
     finally:
         for handle in handles:
             handle.remove()
-    return None
+    return found
 
 
 def save_batch(batch: Batch, path: Path, *, step: int) -> None:

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moesaic.models.names import logical_tensors
+from moesaic.parallel.shard import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +133,31 @@ class AdamWConfig:
 
 
 def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """One group per distinct (learning rate factor, decay). Raises ValueError for a rule that matches nothing."""
+    """One group per distinct (learning rate factor, decay), sharded tensors apart from whole ones.
+
+    Raises ValueError for a rule that matches nothing.
+    """
     parameters = {n: t for n, t in logical_tensors(model).items() if isinstance(t, nn.Parameter)}
     unused = {rule.match for rule in config.groups}
-    members: dict[tuple[float, float], list[Tensor]] = {}
+    members: dict[tuple[float, float, bool], list[Tensor]] = {}
     for name, parameter in parameters.items():
         rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), None)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         if rule is not None:
             unused.discard(rule.match)
             decay = decay if rule.weight_decay is None else rule.weight_decay
-        members.setdefault((rule.lr if rule else 1.0, decay), []).append(parameter)
+        key = (
+            rule.lr if rule else 1.0,
+            decay,
+            isinstance(parameter, DTensor),
+        )  # fused kernels take one class at a time
+        members.setdefault(key, []).append(parameter)
     if unused:
         known = ", ".join(sorted(parameters)[:8])
         raise ValueError(f"optim.groups: {sorted(unused)} match no parameter; names are {known}, ...")
     return [
         {"params": found, "factor": factor, "weight_decay": decay}
-        for (factor, decay), found in members.items()
+        for (factor, decay, _), found in members.items()
     ]
 
 
@@ -184,17 +194,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 @torch.no_grad()
-def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """Joint 2-norm of all gradients."""
-    return nn.utils.get_total_norm(gradients(parameters))
-
-
-@torch.no_grad()
 def clip_gradients(parameters: list[Tensor], norm: float, limit: float) -> None:
     """Scale all gradients in place so that their joint norm, now `norm`, is at most `limit`."""
     if norm > limit:
-        torch._foreach_mul_(gradients(parameters), limit / norm)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(grads, limit / norm)  # pyright: ignore[reportPrivateImportUsage]

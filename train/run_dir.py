@@ -67,11 +67,17 @@ class RunDir:
     Made by `create` or `resume`. `changes` holds what a resumed start changed in the configuration.
     """
 
-    def __init__(self, path: Path, lock: TextIO, changes: Sequence[Change] = ()) -> None:
+    def __init__(self, path: Path, lock: TextIO | None, changes: Sequence[Change] = ()) -> None:
         self.path = path
         self.changes = tuple(changes)
         self._lock = lock
-        self._log = (path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
+        log = os.devnull if lock is None else path / "log.txt"
+        self._log = Path(log).open("a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+
+    @classmethod
+    def peer(cls, path: Path) -> "RunDir":
+        """The run in `path`, which another rank has opened: its paths. What is said or recorded here goes nowhere."""
+        return cls(path, None)
 
     @property
     def config(self) -> Path:
@@ -151,6 +157,8 @@ class RunDir:
 
     def record_start(self, environment: Mapping[str, Any]) -> None:
         """Append one entry (see `train/environment.py`) to environment.json."""
+        if self._lock is None:
+            return
         starts: list[Any] = []
         if self.environment.exists():
             starts = json.loads(self.environment.read_text(encoding="utf-8"))
@@ -158,6 +166,8 @@ class RunDir:
 
     def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Append (prompt, continuation) pairs to samples.txt."""
+        if self._lock is None:
+            return
         with self.samples.open("a", encoding="utf-8", errors="backslashreplace") as file:
             for number, (prompt, text) in enumerate(samples, 1):
                 file.write(f"=== step {step}, sample {number}\n{prompt}{text}\n\n")
@@ -165,7 +175,8 @@ class RunDir:
     def close(self) -> None:
         """Release the lock. The run may be continued by another process from now on."""
         self._log.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def holds_run(path: Path) -> bool:

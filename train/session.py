@@ -7,8 +7,11 @@ wrote is ever overwritten.
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from moesaic.data.loader import Loader
 from moesaic.data.prepare import prepare
@@ -17,6 +20,7 @@ from moesaic.data.tokenizer import expected_vocab, load_tokenizer
 from moesaic.kernels import native
 from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.moe.layer import MoE
+from moesaic.parallel.ranks import ALONE, Ranks, joined, world_size
 from moesaic.parallel.storage import CheckpointError
 from moesaic.train.assemble import Trainee, build_trainee
 from moesaic.train.checkpoints import Checkpoints
@@ -32,7 +36,7 @@ from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.stopping import StopRequest
-from moesaic.train.writers import MetricsWriter
+from moesaic.train.writers import MetricsWriter, NoMetrics
 
 FAILED = 1
 
@@ -44,29 +48,51 @@ def train(run: RunConfig, text: str, *, resume: bool, profile: bool, command: Se
 
     Raises ValueError, before work is lost, for everything that a user can put right.
     """
-    run.check()
+    run.check(world_size())
+    with joined(run.parallel) as ranks:
+        return train_on(ranks, run, text, resume=resume, profile=profile, command=command)
+
+
+def train_on(
+    ranks: Ranks, run: RunConfig, text: str, *, resume: bool, profile: bool, command: Sequence[str]
+) -> int:
+    """`train`, on one of the ranks that joined. The first one owns the folder and the screen."""
     vocab = expected_vocab(run.data.tokenizer)
     accounting = account(run.model, vocab, seq_len=run.data.seq_len)
     parameter_groups(meta_model(run.model, vocab), run.optim)
     path = Path(run.dir) / run.name
-    continues = resume and holds_run(path)
-    if continues:
-        refuse_fewer_steps(run, path)
-    folder = RunDir.resume(path, text) if continues else None
     with ExitStack() as stack:
-        if folder is not None:
+        kept: list[RunDir] = []
+
+        def keep(folder: RunDir) -> None:
             stack.callback(folder.close)
-        else:
-            refuse_existing(path)
-        display = stack.enter_context(Display(steps=run.train.steps, every=run.log.every))
+            kept.append(folder)
+
+        def begin() -> None:
+            if resume and holds_run(path):
+                refuse_fewer_steps(run, path)
+                keep(RunDir.resume(path, text))
+            else:
+                refuse_existing(path)
+
+        def create() -> None:  # only now: a run whose text cannot be used leaves no folder behind
+            if not kept:
+                keep(RunDir.create(path, text))
+
+        ranks.shared(begin)
+        console = None if ranks.first else Console(quiet=True)
+        display = stack.enter_context(Display(steps=run.train.steps, every=run.log.every, console=console))
         tune_host()
         prepared = prepare(run.data, report=display.preparing)
-        loader = loader_of(run, prepared)
-        if folder is None:  # only now: a run whose text cannot be used leaves no folder behind
-            folder = RunDir.create(path, text)
-            stack.callback(folder.close)
+        loader = loader_of(run, prepared, ranks)
+        ranks.shared(create)
+        if not ranks.first:
+            keep(RunDir.peer(path))
+        folder = kept[0]
         display.log_to(folder.say)
-        return work(run, folder, display, accounting, prepared, loader, profile=profile, command=command)
+        return work(
+            ranks, run, folder, display, accounting, prepared, loader, profile=profile, command=command
+        )
 
 
 def refuse_fewer_steps(run: RunConfig, path: Path) -> None:
@@ -78,13 +104,22 @@ def refuse_fewer_steps(run: RunConfig, path: Path) -> None:
         )
 
 
-def loader_of(run: RunConfig, prepared: Prepared) -> Loader:
-    """Batches of the run's training text."""
-    mark, sequences = prepared.tokenizer.mark, run.train.batch_tokens // run.data.seq_len
-    return Loader(prepared.train, mark=mark, seq_len=run.data.seq_len, sequences=sequences, seed=run.seed)
+def loader_of(run: RunConfig, prepared: Prepared, ranks: Ranks = ALONE) -> Loader:
+    """This rank's batches of the run's training text."""
+    return Loader(
+        prepared.train,
+        mark=prepared.tokenizer.mark,
+        seq_len=run.data.seq_len,
+        sequences=run.train.batch_tokens // run.data.seq_len,
+        seed=run.seed,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        micro_batches=run.train.micro_batches,
+    )
 
 
 def work(
+    ranks: Ranks,
     run: RunConfig,
     folder: RunDir,
     display: Display,
@@ -97,18 +132,23 @@ def work(
 ) -> int:
     """Restore, train to the end or to a stop, close."""
     checkpoints = Checkpoints(folder.checkpoints, run.checkpoint, say=display.warn)
-    device = choose_device(run.train, stored_precision=begun_with(checkpoints))
+    device = device_for(ranks, run, checkpoints)
     folder.record_start(environment(command, threads=device.threads))
     for change in folder.changes:
         display.say(f"changed since the last start: {change}")
-    keep_data_facts(folder.path, prepared)
-    trainee = build_trainee(run, prepared.tokenizer.vocab, device)
+    ranks.shared(lambda: keep_data_facts(folder.path, prepared))
+    trainee = build_trainee(run, prepared.tokenizer.vocab, device, ranks)
     tally = restore(trainee, loader, prepared, checkpoints, folder.path)
-    metrics = MetricsWriter(folder.metrics, tensorboard=folder.tensorboard if run.log.tensorboard else None)
+    tensorboard = folder.tensorboard if run.log.tensorboard else None
+    metrics = MetricsWriter(folder.metrics, tensorboard=tensorboard) if ranks.first else NoMetrics()
     dropped = metrics.rewind(tally.step or -1)
     if dropped:
         display.say(f"{dropped} records of metrics.jsonl after step {tally.step} will be computed again")
-    display.start(start_of(run, accounting, prepared, device, folder.path, resumed_from=tally.step or None))
+    if ranks.first:
+        resumed_from = tally.step or None
+        display.start(
+            start_of(run, accounting, prepared, device, ranks, folder.path, resumed_from=resumed_from)
+        )
     loop = Loop(
         config=run,
         folder=folder.path,
@@ -120,7 +160,7 @@ def work(
         checkpoints=checkpoints,
         metrics=metrics,
         display=display,
-        profiler=Profiler(folder.path / "profile") if profile else None,
+        profiler=Profiler(folder.path / "profile") if profile and ranks.first else None,
         tally=tally,
     )
     with StopRequest() as stop:
@@ -131,6 +171,15 @@ def work(
     samples = write_samples(run, folder, trainee, prepared, tally) if outcome == "finished" else []
     display.close(closing_of(run, folder.path, tally, device, outcome, samples))
     return FAILED if outcome.startswith("failed") else 0
+
+
+def device_for(ranks: Ranks, run: RunConfig, checkpoints: Checkpoints) -> Device:
+    """The device of this rank; the first rank decides on the precision of all."""
+    chosen = ranks.shared(lambda: choose_device(run.train, stored_precision=begun_with(checkpoints)))
+    if ranks.first:
+        return chosen
+    mine = choose_device(run.train, stored_precision=precision_name(chosen.dtype))
+    return replace(mine, why_dtype=chosen.why_dtype)
 
 
 def begun_with(checkpoints: Checkpoints) -> str | None:
@@ -213,13 +262,14 @@ def start_of(
     accounting: Accounting,
     prepared: Prepared,
     device: Device,
+    ranks: Ranks,
     folder: Path,
     *,
     resumed_from: int | None,
 ) -> Start:
     """The facts of the start-up table."""
     summary = prepared.summary()
-    layout = ["1 process", "1 thread" if device.threads == 1 else f"{device.threads} threads"]
+    layout = [layout_of(run, ranks), "1 thread" if device.threads == 1 else f"{device.threads} threads"]
     layout += ["recomputes blocks"] if run.parallel.recompute == "block" else []
     layout += ["compiled"] if run.parallel.compile else []
     return Start(
@@ -235,7 +285,9 @@ def start_of(
         batch_tokens=run.train.batch_tokens,
         seq_len=run.data.seq_len,
         micro_batches=run.train.micro_batches,
-        memory=estimate(run, prepared.tokenizer.vocab, dtype=device.dtype, device=device.device.type),
+        memory=estimate(
+            run, prepared.tokenizer.vocab, dtype=device.dtype, device=device.device.type, ranks=ranks.size
+        ),
         device=str(device.device),
         device_reason=device.why_device,
         precision=precision_name(device.dtype),
@@ -249,6 +301,14 @@ def start_of(
         bytes_per_token=summary["bytes_per_token"],
         resumed_from=resumed_from,
     )
+
+
+def layout_of(run: RunConfig, ranks: Ranks) -> str:
+    """Processes and mesh in a few words."""
+    if ranks.size == 1:
+        return "1 process"
+    copies, shards = run.parallel.dp_replicate, run.parallel.shards(ranks.size)
+    return f"{ranks.size} processes: dp_replicate {copies} x dp_shard {shards}"
 
 
 def describe(run: RunConfig) -> str:

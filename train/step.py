@@ -12,9 +12,11 @@ from torch import Tensor
 
 from moesaic.data.loader import Batch
 from moesaic.models.transformer import Output, Transformer
-from moesaic.moe.balance import aux_loss
+from moesaic.moe.balance import AuxValue, aux_values, weighted
 from moesaic.moe.routing import Mode
-from moesaic.train.optim import AdamWConfig, clip_gradients, gradient_norm, set_learning_rate
+from moesaic.parallel.ranks import ALONE, Ranks
+from moesaic.parallel.shard import gradient_norm, reduce_on_backward, sum_replicated
+from moesaic.train.optim import AdamWConfig, clip_gradients, set_learning_rate
 from moesaic.train.rules import Rule, StepState
 
 
@@ -37,7 +39,7 @@ class Sums:
     """Nats."""
     layers: dict[int, LayerSums] = field(default_factory=dict)
 
-    def add(self, output: Output) -> None:
+    def add(self, output: Output, aux: list[AuxValue]) -> None:
         """Add a micro-batch."""
         assert output.loss is not None
         self.loss = self.loss + output.loss.detach()
@@ -47,9 +49,30 @@ class Sums:
             )
             sums.counts += stats.counts
             sums.entropy += stats.entropy
-            for term, values in stats.aux:
-                finished = term.finish(tuple(value.detach() for value in values))
-                sums.aux[term.name] = sums.aux.get(term.name, 0) + finished
+        for found in aux:
+            into = self.layers[found.layer].aux
+            into[found.term.name] = into.get(found.term.name, 0) + found.value.detach()
+
+    def over(self, ranks: Ranks) -> "Sums":
+        """The sums over all ranks."""
+        if ranks.size == 1:
+            return self
+        layers = list(self.layers.values())
+        mine = [self.loss, *(part for s in layers for part in (s.counts, s.entropy, *s.aux.values()))]
+        flat = ranks.sum(torch.cat([part.detach().double().flatten() for part in mine]))
+        parts = [
+            part.view(own.shape).to(own)
+            for part, own in zip(flat.split([part.numel() for part in mine]), mine, strict=True)
+        ]
+        loss, rest = parts[0], iter(parts[1:])
+        return Sums(
+            self.tokens,
+            loss,
+            {
+                number: LayerSums(next(rest), next(rest), {name: next(rest) for name in sums.aux})
+                for number, sums in self.layers.items()
+            },
+        )
 
 
 class NonFiniteError(ArithmeticError):
@@ -81,16 +104,33 @@ class Compute:
         )
 
 
-def accumulate(model: Transformer, batch: Batch, compute: Compute, *, micro_batches: int, step: int) -> Sums:
-    """Add the gradient of the global batch's mean loss, auxiliary terms included, to every parameter's `grad`."""
-    total = max(1, batch.num_targets)
+def accumulate(
+    model: Transformer,
+    batch: Batch,
+    compute: Compute,
+    *,
+    micro_batches: int,
+    step: int,
+    ranks: Ranks = ALONE,
+) -> Sums:
+    """Add the gradient of the global batch's mean loss, auxiliary terms included, to every parameter's `grad`.
+
+    `batch` is this rank's share of the global batch. Gradients travel once, in the backward pass of the last
+    micro-batch. Returns the sums of all ranks.
+    """
+    total = max(1, int(ranks.sum(torch.tensor(batch.num_targets)).item()))
     sums = Sums(total, torch.zeros((), device=compute.device))
-    for part in batch.split(micro_batches):
+    exchange = None if ranks.size == 1 else ranks.sum_with_gradient
+    parts = batch.split(micro_batches)
+    for number, part in enumerate(parts, start=1):
+        reduce_on_backward(model, last=number == len(parts))
         output = compute.forward(model, part, mode="train", step=step)
         assert output.loss is not None
-        ((output.loss + aux_loss(output.layers)) / total).backward()
-        sums.add(output)
-    return sums
+        aux = aux_values(output.layers, exchange, ranks.size)
+        ((output.loss + weighted(aux)) / total).backward()
+        sums.add(output, aux)
+    sum_replicated(model, ranks)
+    return sums.over(ranks)
 
 
 def update(
@@ -102,6 +142,7 @@ def update(
     step: int,
     steps: int,
     rules: list[Rule],
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Clip, step, clear gradients and apply the rules. Returns metrics.
 
@@ -109,7 +150,7 @@ def update(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss = sums.loss.item() / sums.tokens
-    norm = gradient_norm(parameters).item()
+    norm = gradient_norm(parameters, ranks)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
     if config.clip is not None:

@@ -15,6 +15,19 @@ from typing import Any
 _FLUSH = 5.0
 
 
+class NoMetrics:
+    """Takes records and keeps none: for ranks that do not write."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, step: int) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 class MetricsWriter:
     """Appends records to a JSON lines file, and to TensorBoard where a folder is given.
 

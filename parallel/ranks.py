@@ -1,0 +1,140 @@
+"""The processes of a run: who they are, what they sum, and how they agree.
+
+One process without a process group is a case like any other: it sums with nobody and agrees with itself.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moesaic.parallel.config import ParallelConfig
+
+T = TypeVar("T")
+
+AXES = ("dp_replicate", "dp_shard")
+"""Mesh axes that have more than one size so far, outermost first."""
+
+
+class RankError(ValueError):
+    """Another rank refused the run; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others of the run. All methods that communicate are called by all ranks, in one order."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    """(dp_replicate, dp_shard); None for one process."""
+    control: dist.ProcessGroup | None = None
+    """A CPU group for counts, flags and messages, apart from the gradients' traffic."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and shows what is written and shown once."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in float64 on the CPU; equal on all of them."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.control is not None:
+            total = total.clone()
+            dist.all_reduce(total, group=self.control)
+        return total
+
+    def sum_with_gradient(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, whose gradient is the sum of all ranks' gradients."""
+        return values if self.mesh is None else _Sum.apply(values)  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank; plain Python values."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, on all ranks. A ValueError there is raised on all: RankError on the others."""
+        if self.control is None:
+            return make()
+        outcome: list[Any] = [None, None]
+        error: ValueError | None = None
+        if self.first:
+            try:
+                outcome[0] = make()
+            except ValueError as refused:
+                error, outcome[1] = refused, str(refused)
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise RankError(outcome[1])
+        return outcome[0]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(config: ParallelConfig, *, timeout: timedelta = timedelta(minutes=10)):
+    """Join the other processes that torchrun started, for the length of a run; yields this process's `Ranks`."""
+    if world_size() == 1:
+        yield ALONE
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begun = not dist.is_initialized()
+    if begun:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    try:
+        yield ranks_of(config, "cuda" if cuda else "cpu")
+    finally:
+        if begun:
+            with suppress(RuntimeError):  # where a peer has died, there is nothing left to end
+                dist.destroy_process_group()
+
+
+def ranks_of(config: ParallelConfig, device: str) -> Ranks:
+    """This process's place in the layout, given a default process group."""
+    size = dist.get_world_size()
+    shape = (config.dp_replicate, config.shards(size))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=AXES)
+    control = dist.new_group(backend="gloo")
+    assert control is not None
+    assert not isinstance(control, int)
+    return Ranks(dist.get_rank(), size, mesh, control)

@@ -1,0 +1,93 @@
+"""Fully sharded data parallelism of a transformer (FSDP2): matrices are sharded by rows, small tensors are replicated.
+
+Vectors and routers stay whole on every rank: they compute in fp32 while the matrices of the same block travel in the
+compute type, and one sum over all ranks at the end of a step is cheaper than gathering them in every block. Every
+reduction sums; the loss is divided by the global token count before the backward pass.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moesaic.moe.topk import TopKRouter
+from moesaic.parallel.ranks import Ranks
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
+    """Shard each unit, then what is left, in place. `dtype`: of matrices while they compute and travel.
+
+    A unit is gathered as a whole when its `forward` begins: it must hold every parameter that it uses, but for those of
+    the model itself.
+    """
+    assert ranks.mesh is not None
+    whole = set(replicated_parameters(model))
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for module in (*units, model):
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The units of sharding; none where the model is whole."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that every rank holds whole, in the order of the model."""
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    of_routers = {id(parameter) for router in routers for parameter in router.parameters()}
+    return [p for p in model.parameters() if p.ndim < 2 or id(p) in of_routers]
+
+
+def reduce_on_backward(model: nn.Module, *, last: bool) -> None:
+    """Sum gradients over ranks in this backward pass, or, where more micro-batches follow, only keep them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+@torch.no_grad()
+def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
+    """Sum the gradients of replicated parameters over all ranks, in one message; call after the last backward pass."""
+    if ranks.mesh is None:
+        return
+    parameters = replicated_parameters(model)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = flat.split([grad.numel() for grad in grads])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where this rank's part begins in the first dim."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offsets[0]
+
+
+@torch.no_grad()
+def gradient_norm(parameters: list[Tensor], ranks: Ranks) -> float:
+    """Joint 2-norm of all gradients, whole and sharded, as if they lay on one rank."""
+    whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    parts = [local(p.grad) for p in parameters if isinstance(p.grad, DTensor)]
+    norm = nn.utils.get_total_norm(whole) if whole else torch.zeros(())
+    if ranks.mesh is None or not parts:
+        return norm.item()
+    square = torch.stack([torch.linalg.vector_norm(part).double().square() for part in parts]).sum()
+    dist.all_reduce(square, group=ranks.mesh.get_group("dp_shard"))
+    return (norm.double().square() + square).sqrt().item()

@@ -1,0 +1,42 @@
+"""The estimate of a rank's memory, against a model that is really sharded, over ranks that are not there."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moesaic.launch.config import read_run
+from moesaic.models.accounting import meta_model
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.ranks import ranks_of
+from moesaic.parallel.shard import local
+from moesaic.train.memory import estimate
+
+SIZES = ["train.batch_tokens=262144"]
+
+
+@pytest.fixture
+def pretended(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process group whose other ranks are made up."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pretended", [8, 64], indirect=True)
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_dense"])
+def test_bytes_of_a_rank(name: str, pretended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(name, [*SIZES, "parallel.dp_replicate=2"], world_size=pretended)
+    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    model = parallelize(meta_model(run.model, 4096), run.parallel, ranks_of(run.parallel, "cpu"))
+    parameters = sum(local(p.detach()).numel() * p.element_size() for p in model.parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    estimated = estimate(run, 4096, ranks=pretended)
+    assert estimated["weights"] == parameters + buffers
+    assert estimated["gradients"] == parameters
+    assert estimated["optimizer"] == 2 * parameters
+    alone = estimate(read_run(name, [*SIZES]), 4096)
+    assert estimated["activations"] * pretended == pytest.approx(alone["activations"], rel=0.02)
+    assert torch.tensor(estimated["weights"] * pretended / 2) > alone["weights"]

@@ -1,0 +1,218 @@
+"""Whole runs over several ranks: the same numbers as one process, and resumed on any number of ranks."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.data.loader import Loader
+from moesaic.launch.config import read_run, run_to_yaml
+from moesaic.models.names import logical_tensors
+from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
+from moesaic.parallel.spawn import run_ranks
+from moesaic.train import session
+from moesaic.train.assemble import Trainee
+from moesaic.train.audit import build_model_wide, full
+from moesaic.train.checkpoints import CheckpointConfig, Checkpoints
+from moesaic.train.config import RunConfig
+from moesaic.train.device import Device
+from moesaic.train.loop import Loop
+from moesaic.train.optim import build_optimizer
+from moesaic.train.rules import rules_of
+from moesaic.train.step import Compute, accumulate, update
+
+VOCAB = 61
+
+
+def tiny(tmp_path: Path, *overrides: str) -> RunConfig:
+    """A run of 24 steps on a few files."""
+    text = tmp_path / "text"
+    if not text.exists():
+        text.mkdir()
+        for number in range(8):
+            words = " ".join(f"fox {number * index % 17}" for index in range(150 + 9 * number))
+            (text / f"{number}.txt").write_text(f"file {number}: {words}")
+    settings = [
+        f"data={{kind: text, path: '{text}/*.txt', seq_len: 32, tokenizer: {{kind: bytes}}, eval_fraction: 0.2}}",
+        f"dir={tmp_path / 'runs'}",
+        "train={steps: 24, batch_tokens: 384, micro_batch_tokens: 192, precision: fp32, threads: 1}",
+        "optim.schedule={kind: wsd, warmup: 4, decay: 0.2}",
+        "checkpoint={every: 0}",
+        "eval={every: 12, tokens: 700, prompts: ['file'], sample_tokens: 8}",
+        "log={every: 1, tensorboard: false}",
+    ]
+    return read_run("debug", [*settings, *overrides], world_size=None)
+
+
+def train(run: RunConfig, ranks: int, *, resume: bool = False) -> list[dict[str, Any]]:
+    """Train on so many ranks; the records of the run."""
+    text = run_to_yaml(run)
+
+    def work() -> int:
+        return session.train(run, text, resume=resume, profile=False, command=["test"])
+
+    codes = [work()] if ranks == 1 else run_ranks(work, ranks)
+    assert codes == [0] * ranks
+    lines = (Path(run.dir) / run.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def column(found: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in found if key in record}
+
+
+def test_a_run_resumed_on_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path)
+    whole = train(replace(run, name="whole"), 1)
+    true = Loop.agree
+    for ranks, last in ((1, 6), (2, 12), (4, 18), (1, 24)):
+        monkeypatch.setattr(
+            Loop, "agree", lambda self, *args, last=last: (true(self, *args)[0], self.tally.step == last)
+        )
+        found = train(run, ranks, resume=True)
+        assert list(column(found, "train/loss")) == list(range(1, last + 1))
+    for key in ("train/loss", "train/grad_norm", "eval/loss", "eval/bits_per_byte", "train/bits_per_byte"):
+        want, got = column(whole, key), column(found, key)
+        assert want.keys() == got.keys()
+        assert all(got[step] == pytest.approx(want[step], rel=1e-4) for step in want), key
+        for first in (7, 13, 19):
+            if first in want:
+                assert got[first] == pytest.approx(want[first], rel=1e-5)
+    folder = Path(run.dir) / run.name
+    starts = json.loads((folder / "environment.json").read_text())
+    assert len(starts) == 4
+    assert (folder / "samples.txt").read_text().count("=== step 24") == 1
+
+
+def test_four_ranks_show_and_write_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tiny(tmp_path, "parallel.dp_replicate=2", "train.steps=8")
+    found = train(run, 4)
+    assert list(column(found, "train/loss")) == list(range(1, 9))
+    shown = capfd.readouterr().out
+    assert shown.count("4 processes: dp_replicate 2 x dp_shard 2") == 1
+    folder = Path(run.dir) / run.name
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000008"]
+    alone = train(replace(run, name="alone", parallel=replace(run.parallel, dp_replicate=1)), 1)
+    assert column(found, "train/loss") == pytest.approx(column(alone, "train/loss"), rel=1e-5)
+    counts = [key for key in alone[0] if key.endswith("/load")]
+    assert counts
+    for mine, other in zip(found, alone, strict=True):
+        assert [mine[key] for key in counts if key in mine] == [other[key] for key in counts if key in other]
+
+
+def test_an_existing_run_is_refused_on_every_rank(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "train.steps=5")
+    train(run, 1)
+    text = run_to_yaml(run)
+
+    def work() -> str:
+        with pytest.raises(ValueError, match="exists already") as caught:
+            session.train(run, text, resume=False, profile=False, command=["test"])
+        return type(caught.value).__name__
+
+    assert run_ranks(work, 2) == ["ValueError", "RankError"]
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path)
+    true = Loop.step
+
+    def step(self: Loop, batch: Any) -> Any:
+        if self.tally.step == 3 and self.trainee.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(self, batch)
+
+    monkeypatch.setattr(Loop, "step", step)
+    assert list(column(train(run, 2), "train/loss")) == [1, 2, 3, 4]
+    log = (Path(run.dir) / run.name / "log.txt").read_text()
+    assert "stopped by a signal to another rank" in log
+    monkeypatch.undo()
+    assert len(column(train(run, 2, resume=True), "train/loss")) == 24
+
+
+def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path)
+    true = Compute.forward
+
+    def forward(self: Compute, model: Any, batch: Any, **named: Any) -> Any:
+        output = true(self, model, batch, **named)
+        if named.get("step") == 2 and named["mode"] == "train" and dist.get_rank() == 1:
+            output = replace(output, loss=output.loss * float("nan"))
+        return output
+
+    monkeypatch.setattr(Compute, "forward", forward)
+    text = run_to_yaml(run)
+    codes = run_ranks(lambda: session.train(run, text, resume=False, profile=False, command=["test"]), 2)
+    assert codes == [1, 1]
+    folder = Path(run.dir) / run.name
+    assert sorted(path.name for path in folder.glob("nonfinite*")) == [
+        f"nonfinite_step_00000002_rank_{rank}.safetensors" for rank in (0, 1)
+    ]
+    assert "(rank 1)" in (folder / "log.txt").read_text()
+
+
+def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "train.steps=20")
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 3000).astype(np.uint32)
+
+    def go(ranks: Ranks, first: int, last: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        device = Device(torch.device("cpu"), torch.float64, 1, "", "")
+        model = build_model_wide(run, device, ranks, VOCAB)
+        compute = Compute(device.device, device.dtype, seed=run.seed)
+        trainee = Trainee(model, build_optimizer(model, run.optim), rules_of(model), compute, ranks)
+        checkpoints = Checkpoints(tmp_path / "wide", CheckpointConfig(), say=print)
+        meta = checkpoints.restore(trainee.tensors()) if first else None
+        assert (meta or {"done": 0})["done"] == first
+        micro = run.train.micro_batches
+        loader = Loader(
+            tokens,
+            mark=0,
+            seq_len=32,
+            sequences=12,
+            seed=run.seed,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            micro_batches=micro,
+        )
+        samples = []
+        for step in range(first, last):
+            batch = loader.batch(step)
+            samples += batch.samples.tolist()
+            sums = accumulate(model, batch, compute, micro_batches=micro, step=step, ranks=ranks)
+            update(
+                model,
+                trainee.optimizer,
+                sums,
+                config=run.optim,
+                step=step,
+                steps=20,
+                rules=trainee.rules,
+                ranks=ranks,
+            )
+        if last < 20:
+            checkpoints.save(last, trainee.tensors(), {"done": last})
+        checkpoints.wait()
+        return {name: full(t.detach()).clone() for name, t in logical_tensors(model).items()}, samples
+
+    want, order = go(ALONE, 0, 20)
+    for path in (tmp_path / "wide").glob("*"):
+        path.rename(tmp_path / "elsewhere")
+    seen: list[int] = []
+    for ranks, first, last in ((1, 0, 5), (2, 5, 10), (4, 10, 15), (1, 15, 20)):
+        if ranks == 1:
+            found = [go(ALONE, first, last)]
+        else:
+            found = run_ranks(
+                lambda first=first, last=last: go(ranks_of(run.parallel, "cpu"), first, last), ranks
+            )
+        seen += [sample for _, samples in found for sample in samples]
+    assert sorted(seen) == sorted(order)
+    for name, tensor in found[0][0].items():
+        assert (tensor - want[name]).abs().max() <= 1e-9 * want[name].abs().max(), name
