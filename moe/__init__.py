@@ -1,6 +1,6 @@
 """Mixtures of experts on one rank."""
 
-from moesaic.moe.balance import BalanceLoss, LayerStats, ZLoss, aux_loss
+from moesaic.moe.balance import BalanceLoss, LayerStats, ZLoss, aux_loss, aux_values, weighted
 from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Plan, RouterInput, Routing, make_plan
 from moesaic.moe.topk import TopKRouter, balanced_bias
@@ -15,6 +15,8 @@ __all__ = [
     "TopKRouter",
     "ZLoss",
     "aux_loss",
+    "aux_values",
     "balanced_bias",
     "make_plan",
+    "weighted",
 ]

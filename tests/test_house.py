@@ -239,7 +239,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(archives: Archives):
-    expected = {"moesaic/__init__.py", "moesaic/py.typed"}
+    expected = {"moesaic/__init__.py", "moesaic/__main__.py", "moesaic/py.typed"}
     for folder in FOLDERS:
         patterns = ("**/*.py", "*.yaml", "cpp/*.h", "cpp/*.cpp")
         sources = [path for pattern in patterns for path in (ROOT / folder).glob(pattern)]
@@ -252,7 +252,8 @@ def test_the_sdist_holds_the_repository_once(archives: Archives):
     inside = set(archives.sdist)
     missing = [str(path.relative_to(ROOT)) for path in files() if not path.is_symlink()]
     assert [name for name in missing if name not in inside] == []
-    assert [name for name in inside if name.startswith("src/moesaic/") and name.endswith(".py")] == [
-        "src/moesaic/__init__.py"
+    assert sorted(name for name in inside if name.startswith("src/moesaic/") and name.endswith(".py")) == [
+        "src/moesaic/__init__.py",
+        "src/moesaic/__main__.py",
     ]
     assert [name for name in inside if name.endswith(".pyc")] == []
