@@ -190,7 +190,7 @@ def _drawing(curve: Curve, points: int) -> dict[str, Any]:
     color = _HEX[f"c{curve.color % len(LIGHT)}"] if curve.shade is None else _ramp(curve.shade)
     look: dict[str, Any] = {"color": color, "linestyle": _DASHES[curve.dash]}
     if curve.look == "faint":
-        return look | {"linewidth": 0.7, "alpha": 0.35, "zorder": 1.6}
+        return look | {"linewidth": 0.8, "alpha": 0.45, "zorder": 1.6}
     if curve.look == "dots" or points == 1:
         return look | {"linewidth": 1.3, "marker": "o", "markersize": 3.2 if points < 60 else 0, "zorder": 3}
     return look | {"linewidth": 1.5 if curve.shade is None else 1.1, "zorder": 2}
