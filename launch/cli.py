@@ -6,6 +6,7 @@ What needs torch is imported within the command that needs it: help, and errors 
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,6 +202,42 @@ def generate(
 
 @app.command(
     epilog=_examples(
+        "moesaic report runs/quickstart",
+        "moesaic report quickstart quickstart_dense --out compared.html",
+    )
+)
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", show_default=False, help="Folders of runs, or names within `runs`."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default="report.html, in the run's folder or here", help="File to write."
+        ),
+    ] = None,
+) -> None:
+    """Draw runs as one HTML page.
+
+    Loss, expert loads, router health, speed, texts, config and machine, in a file that needs no network. Several runs
+    are compared in the same charts. `train` draws it at the end of every run; it may be drawn while a run goes on.
+    """
+    folders = list({folder.resolve(): folder for folder in map(find_run, runs)}.values())
+    from moesaic.train.report import write_report
+    from moesaic.train.run_log import read_log
+
+    logs = [_with_sizes(read_log(folder)) for folder in folders]
+    out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    write_report(logs, out)
+    for log in logs:
+        for note in log.notes:
+            print(f"note: {note}", file=sys.stderr)
+    print(out)
+
+
+@app.command(
+    epilog=_examples(
         "moesaic inspect quickstart",
         "moesaic inspect quickstart model.ffn.num_experts=64 --json",
         "moesaic inspect my.yaml --ranks 64",
@@ -317,6 +354,20 @@ def _read_back(run: str) -> tuple[Path, Any]:
 
     folder = find_run(run)
     return folder, read_run(folder / "config.yaml", world_size=None)
+
+
+def _with_sizes(log: Any) -> Any:
+    """A run's log with its parameters; with a note where its config or tokenizer cannot be read any more."""
+    from moesaic.data.tokenizer import load_tokenizer
+    from moesaic.launch.config import read_run
+    from moesaic.models.accounting import account
+
+    try:
+        run = read_run(log.folder / "config.yaml", world_size=None)
+        size = account(run.model, load_tokenizer(log.folder / "tokenizer").vocab, seq_len=run.data.seq_len)
+    except ValueError as error:
+        return replace(log, notes=[*log.notes, f"{error} (so the page does not tell the parameters)"])
+    return replace(log, parameters=size.parameters, active_parameters=size.active_parameters)
 
 
 def _inspect(config: str, overrides: list[str], ranks: int | None) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
 def test_the_wheel_holds_the_package_and_nothing_else(archives: Archives):
     expected = {"moesaic/__init__.py", "moesaic/__main__.py", "moesaic/py.typed"}
     for folder in FOLDERS:
-        patterns = ("**/*.py", "*.yaml", "cpp/*.h", "cpp/*.cpp")
+        patterns = ("**/*.py", "*.yaml", "*.html", "cpp/*.h", "cpp/*.cpp")
         sources = [path for pattern in patterns for path in (ROOT / folder).glob(pattern)]
         expected |= {f"moesaic/{path.relative_to(ROOT)}" for path in sources}
     assert {name for name in archives.wheel if ".dist-info/" not in name} == expected

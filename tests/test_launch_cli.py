@@ -78,6 +78,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, target: str, result: object) -> lis
             ["--prompt", "--max-tokens", "--temperature", "--top-p", "--seed", "  moesaic generate"],
         ),
         (["inspect"], ["--json", "  moesaic inspect quickstart\n"]),
+        (["report"], ["--out", "report.html", "  moesaic report runs/quickstart\n"]),
         (["data"], ["prepare ", "stats "]),
         (["data", "prepare"], ["  moesaic data prepare quickstart\n"]),
         (["data", "stats"], ["--json", "  moesaic data stats quickstart\n"]),
@@ -90,7 +91,9 @@ def test_help_shows_options_and_examples(arguments: list[str], expected: list[st
     for text in expected:
         assert text in result.output
     assert max(map(len, result.output.splitlines())) <= 80
-    assert "..." not in result.output.replace("]...", "").replace("[ARGS]...", "")  # no summary is cut short
+    assert "..." not in result.output.replace("]...", "").replace("}...", "").replace(
+        "[ARGS]...", ""
+    )  # no summary is cut short
 
 
 def test_help_and_version_need_no_torch(tmp_path: Path):

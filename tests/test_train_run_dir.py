@@ -155,6 +155,11 @@ def test_every_start_is_recorded(tmp_path: Path):
     run.record_start({"host": "a"})
     run.record_start({"host": "b"})
     assert json.loads(run.environment.read_text()) == [{"host": "a"}, {"host": "b"}]
+    run.record_end("finished")
+    first, last = json.loads(run.environment.read_text())
+    assert first == {"host": "a"}
+    assert last.keys() == {"host", "ended", "outcome"}
+    assert last["outcome"] == "finished"
     run.close()
 
 

@@ -41,6 +41,12 @@ MODEL = Transformer.Config(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawing takes a second and there are many runs here; tests/test_train_report.py looks at it."""
+    monkeypatch.setattr(session, "draw_report", lambda *_: None)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"

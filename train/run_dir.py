@@ -2,12 +2,13 @@
 
     dir/name/
         config.yaml         the resolved run; config.1.yaml, ... are older ones that a resumed start replaced
-        environment.json    one entry per start: versions, machine, repository, command
+        environment.json    one entry per start: versions, machine, repository, command, and how it ended
         log.txt             everything that was said, with times
         metrics.jsonl       one record per line (`train/writers.py`)
         checkpoints/        `train/checkpoints.py`
         tensorboard/        event files
         samples.txt         texts the model wrote
+        report.html         all of this as one page (`train/report.py`)
 
 A run is never overwritten, and one process at a time may train it. This module knows nothing of models or training:
 configurations are YAML text here.
@@ -107,6 +108,10 @@ class RunDir:
     def samples(self) -> Path:
         return self.path / "samples.txt"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     @classmethod
     def create(cls, path: Path, config: str) -> "RunDir":
         """Start a new run in `path`; `config` is the resolved run as YAML. ValueError where a run exists already."""
@@ -163,6 +168,17 @@ class RunDir:
         if self.environment.exists():
             starts = json.loads(self.environment.read_text(encoding="utf-8"))
         _write(self.environment, json.dumps([*starts, dict(environment)], indent=2) + "\n")
+
+    def record_end(self, outcome: str) -> None:
+        """Add to the entry of this start how and when it ended. A start that was killed has neither."""
+        if self._lock is None:
+            return
+        *earlier, start = json.loads(self.environment.read_text(encoding="utf-8"))
+        ended = datetime.now().astimezone().isoformat(timespec="seconds")
+        _write(
+            self.environment,
+            json.dumps([*earlier, start | {"ended": ended, "outcome": outcome}], indent=2) + "\n",
+        )
 
     def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Append (prompt, continuation) pairs to samples.txt."""

@@ -35,6 +35,7 @@ from moesaic.train.memory import estimate
 from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
+from moesaic.train.run_log import ReportError, read_log
 from moesaic.train.stopping import StopRequest
 from moesaic.train.writers import MetricsWriter, NoMetrics
 
@@ -169,7 +170,9 @@ def work(
         loop.profiler.close()
     metrics.close()
     samples = write_samples(run, folder, trainee, prepared, tally) if outcome == "finished" else []
-    display.close(closing_of(run, folder.path, tally, device, outcome, samples))
+    folder.record_end(outcome)
+    drawn = draw_report(folder, accounting, display) if ranks.first else None
+    display.close(closing_of(run, folder.path, tally, device, outcome, samples, report=drawn))
     return FAILED if outcome.startswith("failed") else 0
 
 
@@ -257,6 +260,23 @@ def write_samples(
     return samples
 
 
+def draw_report(folder: RunDir, accounting: Accounting, display: Display) -> Path | None:
+    """Write the run's report.html. None, and one line that says why, where it cannot be drawn: the run is complete."""
+    from moesaic.train.report import write_report  # with matplotlib: not needed before the end
+
+    try:
+        log = read_log(folder.path)
+        counts = {"parameters": accounting.parameters, "active_parameters": accounting.active_parameters}
+        write_report([replace(log, **counts)], folder.report)
+    except Exception as error:  # whatever it is, a drawing must not fail a run that is trained and saved
+        reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
+        display.warn(
+            f"no report was drawn ({reason}); nothing else is affected, try `moesaic report {folder.path}`"
+        )
+        return None
+    return folder.report
+
+
 def start_of(
     run: RunConfig,
     accounting: Accounting,
@@ -326,14 +346,22 @@ def describe(run: RunConfig) -> str:
 
 
 def closing_of(
-    run: RunConfig, folder: Path, tally: Tally, device: Device, outcome: str, samples: list[Sample]
+    run: RunConfig,
+    folder: Path,
+    tally: Tally,
+    device: Device,
+    outcome: str,
+    samples: list[Sample],
+    *,
+    report: Path | None,
 ) -> Closing:
-    """The facts of the closing block."""
+    """The facts of the closing block. `report`: the page that was drawn."""
     tokens = tally.step * run.train.batch_tokens
     best: dict[str, Any] = tally.best
     paths = {
         "run": str(folder),
         "checkpoints": str(folder / "checkpoints"),
+        **({"report": str(report)} if report else {}),
         "write": f"moesaic generate {folder} --prompt 'def '",
     }
     if outcome != "finished":

@@ -8,7 +8,7 @@ written as `null`, because JSON has no NaN.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +90,31 @@ class MetricsWriter:
             self._events = None
 
 
+def each_record(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The records of a `metrics.jsonl`, in order and one at a time; None for a line that is torn or no record."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            yield _record_of(line)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a `metrics.jsonl`, in order."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) is not None]
+    return [record for record in each_record(path) if record is not None]
 
 
 def _step_of(line: str) -> int | None:
     """Step of one line; None where the line is torn."""
+    record = _record_of(line)
+    return None if record is None else record["step"]
+
+
+def _record_of(line: str) -> dict[str, Any] | None:
+    """One line; None where it is torn."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        record = json.loads(line)
+    except json.JSONDecodeError:
         return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _finite(value: Any) -> Any:
