@@ -42,6 +42,14 @@ class CheckpointConfig:
             )
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
 class Checkpoints:
     """The checkpoints in one folder, `step_00000200` and so on.
 
@@ -112,10 +120,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending. Each was written completely, but may be damaged since."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        return saved_steps(self.folder)
 
     def restore(self, into: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into these tensors and return its `meta`; None if there is none.

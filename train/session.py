@@ -23,7 +23,7 @@ from moesaic.moe.layer import MoE
 from moesaic.parallel.ranks import ALONE, Ranks, joined, world_size
 from moesaic.parallel.storage import CheckpointError
 from moesaic.train.assemble import Trainee, build_trainee
-from moesaic.train.checkpoints import Checkpoints
+from moesaic.train.checkpoints import Checkpoints, saved_steps
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device, choose_device, peak_memory, precision_name, tune_host
 from moesaic.train.display import Display
@@ -98,7 +98,7 @@ def train_on(
 
 def refuse_fewer_steps(run: RunConfig, path: Path) -> None:
     """Raise ValueError where the run has already gone beyond what it is asked for."""
-    done = max(Checkpoints(path / "checkpoints", run.checkpoint, say=print).steps(), default=0)
+    done = max(saved_steps(path / "checkpoints"), default=0)
     if done > run.train.steps:
         raise ValueError(
             f"train.steps: {run.train.steps} is below the {done} steps that {path} has done; give more"
