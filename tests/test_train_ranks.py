@@ -144,6 +144,7 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: 
     def forward(self: Compute, model: Any, batch: Any, **named: Any) -> Any:
         output = true(self, model, batch, **named)
         if named.get("step") == 2 and named["mode"] == "train" and dist.get_rank() == 1:
+            assert output.loss is not None
             output = replace(output, loss=output.loss * float("nan"))
         return output
 
