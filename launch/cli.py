@@ -228,7 +228,10 @@ def prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """
     prepared = _prepared(config, overrides or [])
     summary = prepared.summary()
-    print(f"{summary['tokens']:,} tokens of {summary['documents']:,} documents in {summary['folder']}")
+    corpora = summary.get("parts", {"": summary})
+    for name, part in corpora.items():
+        told = f"{part['tokens']:,} tokens of {part['documents']:,} documents in {part['folder']}"
+        print(f"{name}: {told}" if name else told)
 
 
 @data.command(epilog=_examples("moesaic data stats quickstart", "moesaic data stats my.yaml --json"))
@@ -279,12 +282,12 @@ def _inspect(config: str, overrides: list[str]) -> dict[str, Any]:
     from moesaic.launch.config import read_run
 
     run = read_run(config, overrides, world_size=_world_size())
-    from moesaic.data.tokenizer import expected_vocab
+    from moesaic.data.prepare import vocab_of
     from moesaic.models.accounting import account
     from moesaic.train.device import choose_device, precision_name
     from moesaic.train.memory import estimate
 
-    vocab = expected_vocab(run.data.tokenizer)
+    vocab = vocab_of(run.data)
     model = account(run.model, vocab, seq_len=run.data.seq_len)
     device = choose_device(run.train)
     tokens = run.train.steps * run.train.batch_tokens

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesaic.data import prepare as module
+from moesaic.data import build as module
+from moesaic.data import prepare as preparing
+from moesaic.data.build import in_eval
 from moesaic.data.config import (
     BpeTokenizer,
     ByteTokenizer,
@@ -24,7 +26,7 @@ from moesaic.data.config import (
     TextData,
 )
 from moesaic.data.errors import DataError
-from moesaic.data.prepare import in_eval, prepare
+from moesaic.data.prepare import cache_root, prepare
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import CONTENT_FILE, train_bpe
 
@@ -100,7 +102,7 @@ def test_second_time_reads_nothing(corpus: TextData, monkeypatch: pytest.MonkeyP
         os.utime(Path(str(corpus.path), path), (1e9, 1e9))
     first = prepare(corpus)
     monkeypatch.setattr(hashlib, "file_digest", pytest.fail)
-    monkeypatch.setattr(module, "_build", pytest.fail)
+    monkeypatch.setattr(preparing, "Draft", pytest.fail)
     again = prepare(replace(corpus, seq_len=99, mask_documents=False, workers=2))
     assert again.folder == first.folder
 
@@ -245,19 +247,19 @@ def test_full_disk(corpus: TextData, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.cache_root(PythonData(cache=str(tmp_path))) == tmp_path
+    assert cache_root(PythonData(cache=str(tmp_path))) == tmp_path
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "x"))
-    assert module.cache_root(PythonData()) == tmp_path / "x"
+    assert cache_root(PythonData()) == tmp_path / "x"
     monkeypatch.setenv("MOESAIC_CACHE", "")
-    assert module.cache_root(PythonData()) == Path.home() / ".cache" / "moesaic"
+    assert cache_root(PythonData()) == Path.home() / ".cache" / "moesaic"
 
 
 SCRIPT = """
 import json, sys, time
-from moesaic.data import prepare
+from moesaic.data import build, prepare
 from moesaic.data.config import BpeTokenizer, TextData
 
-prepare.MIN_SHARD = 20_000
+build.MIN_SHARD = 20_000
 path, cache, workers, stop_at = sys.argv[1:]
 
 def report(*progress):

@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic.data.loader import Batch, Loader
+from moesaic.data.loader import Batch, Batches
+from moesaic.data.mixture import Mixture
 from moesaic.data.prepared import Prepared
 from moesaic.train.assemble import Trainee
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device, peak_flops, peak_memory, precision_name
 from moesaic.train.display import Display
-from moesaic.train.evaluate import bits_per_byte, evaluate, held_out, target_bytes
+from moesaic.train.evaluate import bits_per_byte, evaluate_held_out, target_bytes
 from moesaic.train.facts import Evaluation, Progress
 from moesaic.train.health import CollapseWatch, LayerLoad, health_record, imbalance
 from moesaic.train.nonfinite import explain, save_batch
@@ -32,7 +33,7 @@ class Tally:
     seconds: float = 0.0
     """Time spent in steps, all starts together."""
     best: dict[str, float] = field(default_factory=dict)
-    """The evaluation with the lowest loss: loss, bits_per_byte, step."""
+    """The evaluation with the lowest loss: loss, bits_per_byte (where it is known), step."""
     last: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
 
@@ -44,8 +45,8 @@ class Loop:
     config: RunConfig
     folder: Path
     trainee: Trainee
-    loader: Loader
-    prepared: Prepared
+    loader: Batches
+    prepared: Prepared | Mixture
     device: Device
     flops_per_token: int
     """Of a training step."""
@@ -133,7 +134,8 @@ class Loop:
             return
         record: dict[str, Any] = {"step": step, "tokens": step * self.config.train.batch_tokens}
         record |= {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
-        record["train/bits_per_byte"] = bpb
+        if bpb is not None:
+            record["train/bits_per_byte"] = bpb
         for layer, layer_sums in sorted(sums.layers.items()):
             for name, value in layer_sums.aux.items():
                 record[f"layer_{layer:02d}/{name}_loss"] = float(value) / sums.tokens
@@ -148,16 +150,19 @@ class Loop:
         """Measure held-out loss and remember the best. False where it is not finite."""
         config, step = self.config, self.tally.step
         started = time.perf_counter()
-        batches = held_out(config, self.prepared, limit=config.eval.tokens)
-        result = evaluate(self.trainee.model, batches, self.trainee.compute, self.token_bytes)
-        self.tally.last = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "step": step}
+        trainee = self.trainee
+        result = evaluate_held_out(
+            trainee.model, trainee.compute, config, self.prepared, limit=config.eval.tokens
+        )
+        self.tally.last = result.measures() | {"step": step}
         finite = math.isfinite(result.loss)
         best = finite and (not self.tally.best or result.loss < self.tally.best["loss"])
         if best:
             self.tally.best = dict(self.tally.last)
-        self.metrics.append(
-            {"step": step, "eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
-        )
+        record = {f"eval/{name}": value for name, value in result.measures().items()}
+        for part, measured in result.parts.items():
+            record |= {f"eval/{part}/{name}": value for name, value in measured.measures().items()}
+        self.metrics.append({"step": step} | record)
         shown = Evaluation(
             step=step,
             loss=result.loss,
@@ -191,6 +196,6 @@ class Loop:
         return f"failed at step {step}: {where}"
 
 
-def text_digest(prepared: Prepared) -> str:
+def text_digest(prepared: Prepared | Mixture) -> str:
     """SHA-256 of the training stream: what decides, with the loader's state, which samples come next."""
     return prepared.manifest["streams"]["train"]["sha256"]
