@@ -211,8 +211,8 @@ def test_text_and_tokens(config: MixtureData, tmp_path: Path) -> None:
 def test_parts_that_do_not_fit_each_other(config: MixtureData, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.mark: 9, but documents of data\.tokenizer start with 256"):
         prepare(replace(config, parts=config.parts | {"ids": tokens(tmp_path, mark=9)}))
+    parts = {"ids": tokens(tmp_path, vocab=300), "more": tokens(tmp_path, vocab=301)}
     with pytest.raises(DataError, match=r"vocabularies of different sizes \(ids 300, more 301\)"):
-        parts = {"ids": tokens(tmp_path, vocab=300), "more": tokens(tmp_path, vocab=301)}
         vocab_of(replace(config, tokenizer=None, parts=parts))
 
 
@@ -232,7 +232,7 @@ def test_errors_say_which_part(config: MixtureData, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
 def test_weights_are_positive(weight: float) -> None:
-    with pytest.raises(ValueError, match="weight: .* is not positive"):
+    with pytest.raises(ValueError, match=r"weight: .* is not positive"):
         Part(weight=weight, data=TextCorpus(path="x"))
 
 
@@ -250,5 +250,6 @@ def test_weights_are_positive(weight: float) -> None:
     ],
 )
 def test_fields_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"parts": {"a": Part(weight=1, data=TextCorpus(path="x"))}} | options
     with pytest.raises(ValueError, match=message):
-        MixtureData(**{"parts": {"a": Part(weight=1, data=TextCorpus(path="x"))}} | options)
+        MixtureData(**given)

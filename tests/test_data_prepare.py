@@ -19,7 +19,6 @@ from moesaic.data.build import in_eval
 from moesaic.data.config import (
     BpeTokenizer,
     ByteTokenizer,
-    DataConfig,
     FileTokenizer,
     JsonlData,
     PythonData,
@@ -75,9 +74,11 @@ def test_streams_hold_every_document_once(corpus: TextData, tokenizer: Any) -> N
     assert 1 <= len(held) < 20
     assert texts_of(prepared, "train") == [text for text in expected if text not in held]
     assert texts_of(prepared, "eval") == sorted(held, key=key)
-    assert prepared.train.dtype == (np.uint32 if prepared.tokenizer.vocab > 65536 else np.uint16)
+    assert np.asarray(prepared.train).dtype == (np.uint32 if prepared.tokenizer.vocab > 65536 else np.uint16)
     for split in ("train", "eval"):
-        counted = prepared.tokenizer.token_bytes()[getattr(prepared, split)].sum()
+        sizes = prepared.tokenizer.token_bytes()
+        assert sizes is not None
+        counted = sizes[getattr(prepared, split)].sum()
         assert counted == prepared.manifest["counts"][split]["text"]["bytes"]
 
 
@@ -122,7 +123,7 @@ def test_key_depends_on_content_and_options_not_on_the_place(corpus: TextData, t
     first = prepare(corpus).folder
     moved = Path(str(corpus.path)).rename(tmp_path / "moved")
     assert prepare(replace(corpus, path=str(moved))).folder == first
-    changed: list[DataConfig] = [
+    changed: list[TextData] = [
         replace(corpus, path=f"{moved}/0*.txt"),
         replace(corpus, path=str(moved), eval_fraction=0.2),
         replace(corpus, path=str(moved), tokenizer=ByteTokenizer()),

@@ -30,7 +30,7 @@ def write(path: Path, texts: list[Any], **options: Any) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     (tmp_path / "in").mkdir()
     return tmp_path / "in"
 
@@ -138,7 +138,7 @@ def test_rows_without_valid_text_are_named_by_number(folder: Path) -> None:
 def test_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(__import__("sys").modules, module, None)
     config: Corpus = HuggingFaceData(path=str(folder)) if module == "datasets" else config_of(folder)
-    with pytest.raises(DataError, match=rf"needs .*; pip install 'moesaic\[data\]'"):
+    with pytest.raises(DataError, match=r"needs .*; pip install 'moesaic\[data\]'"):
         list_sources(config)
 
 
@@ -158,7 +158,7 @@ def hf(folder: Path, **options: Any) -> HuggingFaceData:
 
 def test_a_dataset_on_disk(folder: Path) -> None:
     dataset(text=TEXTS).save_to_disk(folder / "one")
-    datasets.DatasetDict(train=dataset(text=TEXTS[:40]), test=dataset(text=TEXTS[40:])).save_to_disk(
+    datasets.DatasetDict({"train": dataset(text=TEXTS[:40]), "test": dataset(text=TEXTS[40:])}).save_to_disk(
         folder / "many"
     )
     assert [d.text for d in documents(hf(folder / "one"), 500)] == TEXTS
@@ -202,7 +202,7 @@ def test_a_folder_of_data_files(folder: Path, suffix: str) -> None:
 )
 def test_datasets_that_are_not_there(folder: Path, options: dict[str, str], message: str) -> None:
     dataset(text=TEXTS).save_to_disk(folder / "one")
-    datasets.DatasetDict(train=dataset(text=TEXTS)).save_to_disk(folder / "many")
+    datasets.DatasetDict({"train": dataset(text=TEXTS)}).save_to_disk(folder / "many")
     (folder / "empty").mkdir()
     (folder / "files").mkdir()
     write(folder / "files" / "a.parquet", TEXTS)
