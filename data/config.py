@@ -1,6 +1,11 @@
-"""Which text to train on and how it becomes sequences of tokens. `kind` selects the corpus."""
+"""Which text to train on and how it becomes sequences of tokens. `kind` selects the corpus.
 
-from dataclasses import dataclass, field
+A corpus says where text comes from; its `...Data` adds how that becomes sequences. A mixture says the latter once, for
+all of its parts.
+"""
+
+import re
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
@@ -24,6 +29,8 @@ class FileTokenizer:
     kind: Literal["file"] = "file"
     path: str
     """The file."""
+    mark: str | None = None
+    """The token in it that starts every document, such as `<|endoftext|>`. None: `<|doc|>`, added where missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +44,17 @@ TokenizerConfig = BpeTokenizer | FileTokenizer | ByteTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
+class Windows:
     """What every corpus needs to become sequences."""
 
     seq_len: int = 256
     """Tokens per sequence."""
-    tokenizer: TokenizerConfig = field(default_factory=BpeTokenizer)
     mask_documents: bool = True
     """Attention does not look across the start of a document."""
     eval_fraction: float = 0.02
     """Share of the documents held out, chosen by the hash of their content."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do with a file that is not UTF-8 or cannot be parsed: stop and name it, or skip it and say so."""
+    """What to do with a file or document that cannot be read: stop and name it, or skip it and say so."""
     cache: str | None = None
     """Folder of prepared corpora. None: `$MOESAIC_CACHE`, else `~/.cache/moesaic`."""
     workers: int | None = None
@@ -64,7 +70,14 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonData(Sequences):
+class Sequences(Windows):
+    """What every corpus of text needs besides: a tokenizer."""
+
+    tokenizer: TokenizerConfig = field(default_factory=BpeTokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonCorpus:
     """Sources and documentation that every Python installation carries: no download."""
 
     kind: Literal["python"] = "python"
@@ -75,7 +88,7 @@ class PythonData(Sequences):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData(Sequences):
+class TextCorpus:
     """Text files; each file is a document."""
 
     kind: Literal["text"] = "text"
@@ -84,7 +97,7 @@ class TextData(Sequences):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlData(Sequences):
+class JsonlCorpus:
     """JSON lines; each line is a document."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -94,4 +107,188 @@ class JsonlData(Sequences):
     """Key of the text within a line."""
 
 
-DataConfig = PythonData | TextData | JsonlData
+@dataclass(frozen=True, kw_only=True)
+class ParquetCorpus:
+    """Parquet files; each row is a document. Needs `pip install 'moesaic[data]'`."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str | tuple[str, ...]
+    """Files, folders or glob patterns."""
+    column: str = "text"
+    """The column of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceCorpus:
+    """A dataset of the datasets library; each row is a document. Needs `pip install 'moesaic[data]'`.
+
+    One of `path` and `name` says which.
+    """
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str | None = None
+    """A folder that `save_to_disk` wrote, or one of data files that `load_dataset` reads."""
+    name: str | None = None
+    """A dataset of the hub, as `owner/name`; downloaded at its first use."""
+    subset: str | None = None
+    """One of the dataset's configurations. None: its default."""
+    split: str = "train"
+    """One of its splits, or several as `a+b`."""
+    revision: str | None = None
+    """Commit or tag of a dataset of the hub. None: the newest."""
+    column: str = "text"
+    """The column of text."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("path: give either path (a folder) or name (a dataset of the hub)")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision: a folder has none; leave it out, or give name instead of path")
+        if "[" in self.split:
+            raise ValueError(f"split: {self.split!r} is a slice; give whole splits, such as 'train'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensCorpus:
+    """Text that is tokenized already: flat files of token ids, read where they are and never copied."""
+
+    kind: Literal["tokens"] = "tokens"
+    path: str | tuple[str, ...]
+    """Files, folders (their `*.bin`) or glob patterns."""
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the ids, little-endian, without a header."""
+    mark: int
+    """Id that starts (or ends) every document."""
+    vocab: int | None = None
+    """Number of ids; every id is below it. None: the tokenizer's."""
+    eval_path: str | tuple[str, ...] | None = None
+    """Files of held-out tokens. None: `eval_fraction` of the documents in `path`."""
+
+    def __post_init__(self) -> None:
+        if self.mark < 0:
+            raise ValueError(f"mark: {self.mark} is negative")
+        if self.dtype == "uint16" and max(self.mark, (self.vocab or 1) - 1) > 65535:
+            raise ValueError(
+                f"dtype: uint16 holds no id of 65536 or more (mark = {self.mark}, vocab = {self.vocab})"
+            )
+        if self.vocab is not None and not self.mark < self.vocab:
+            raise ValueError(f"vocab: {self.vocab} leaves no room for mark = {self.mark}")
+
+
+Corpus = PythonCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus | TokensCorpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonData(PythonCorpus, Sequences):
+    __doc__ = PythonCorpus.__doc__
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(TextCorpus, Sequences):
+    __doc__ = TextCorpus.__doc__
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlData(JsonlCorpus, Sequences):
+    __doc__ = JsonlCorpus.__doc__
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetData(ParquetCorpus, Sequences):
+    __doc__ = ParquetCorpus.__doc__
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceData(HuggingFaceCorpus, Sequences):
+    __doc__ = HuggingFaceCorpus.__doc__
+
+    def __post_init__(self) -> None:
+        HuggingFaceCorpus.__post_init__(self)
+        Sequences.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensData(TokensCorpus, Windows):
+    __doc__ = TokensCorpus.__doc__
+
+    tokenizer: FileTokenizer | ByteTokenizer | None = None
+    """What the ids were made with: for samples, and for bits per byte, which is not reported without."""
+
+    def __post_init__(self) -> None:
+        TokensCorpus.__post_init__(self)
+        Windows.__post_init__(self)
+        if self.vocab is None and self.tokenizer is None:
+            raise ValueError(
+                "vocab: missing; give the number of ids, or the tokenizer that they were made with"
+            )
+
+
+TextDataConfig = PythonData | TextData | JsonlData | ParquetData | HuggingFaceData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a mixture."""
+
+    weight: float
+    """Share of the training sequences that are of this part, in proportion to the other weights."""
+    data: Corpus
+    """Where its text comes from."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight: {self.weight} is not positive; to leave the part out, remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureData(Windows):
+    """Several corpora at once; of each, as many sequences as its weight says."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: dict[str, Part]
+    """The corpora, by a name of your choice."""
+    tokenizer: TokenizerConfig | None = field(default_factory=BpeTokenizer)
+    """One for all parts. `bpe` is trained on their text in proportion to the weights, so other weights give another
+    tokenizer; a file keeps it. None: all parts are tokens, and what made them is not known."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise ValueError("parts: names no part")
+        for name, part in self.parts.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"parts: {name!r} is no name of a part; use letters, digits, _ and -")
+            if not isinstance(part.data, TokensCorpus):
+                if self.tokenizer is None:
+                    raise ValueError(f"tokenizer: missing, and part {name} is text")
+            elif isinstance(self.tokenizer, BpeTokenizer):
+                raise ValueError(
+                    f"tokenizer: bpe would be trained here, but part {name} is tokens already; "
+                    "give their own (kind: file or bytes)"
+                )
+            elif self.tokenizer is None and part.data.vocab is None:
+                raise ValueError(f"parts.{name}.data.vocab: missing, and the mixture has no tokenizer")
+        marks = {part.data.mark for part in self.parts.values() if isinstance(part.data, TokensCorpus)}
+        if len(marks) > 1:
+            raise ValueError(
+                f"parts: documents start with different ids ({sorted(marks)}); give all one data.mark"
+            )
+
+    def part(self, name: str) -> "TextDataConfig | TokensData":
+        """The part as a corpus of its own, under the mixture's options."""
+        corpus = self.parts[name].data
+        options = {each.name: getattr(self, each.name) for each in fields(Sequences)}
+        own = {each.name: getattr(corpus, each.name) for each in fields(corpus)}
+        return _DATA[type(corpus)](**options, **own)
+
+
+_DATA: dict[type[Corpus], type[TextDataConfig] | type[TokensData]] = {
+    PythonCorpus: PythonData,
+    TextCorpus: TextData,
+    JsonlCorpus: JsonlData,
+    ParquetCorpus: ParquetData,
+    HuggingFaceCorpus: HuggingFaceData,
+    TokensCorpus: TokensData,
+}
+
+DataConfig = TextDataConfig | TokensData | MixtureData

@@ -11,28 +11,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moesaic.data.config import DataConfig, JsonlData, PythonData, TextData
+from moesaic.data.config import HuggingFaceCorpus, JsonlCorpus, ParquetCorpus, PythonCorpus, TextCorpus
 from moesaic.data.errors import DataError
 from moesaic.data.python_corpus import list_python, read_source, read_topics, titled_docstrings
+from moesaic.data.tables import count_groups, list_dataset, need_pyarrow, read_column
 
 MAGIC = frozenset("*?[")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a range of the lines of one."""
+    """A file, or a range of the lines or of the groups of rows of one."""
 
     name: str
     """Unique in the corpus and free of the folder where it happens to lie."""
     path: str
-    kind: Literal["text", "jsonl", "python", "python+prose", "topics"]
+    kind: Literal["text", "jsonl", "python", "python+prose", "topics", "parquet", "arrow", "tokens"]
     size: int = 0
+    """Bytes, about."""
     digest: str = ""
     """sha256 of the file."""
     start: int = 0
     stop: int = 0
-    """A jsonl source holds the lines that begin at a byte in [start, stop)."""
+    """A jsonl source holds the lines that begin at a byte in [start, stop), a table these groups of its rows."""
     field: str = ""
+    """Key or column of the text."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +54,66 @@ Skip = Callable[[str, str], None]
 """Called with the name and the reason for every file or line that cannot be read."""
 
 
-def list_sources(config: DataConfig) -> list[Source]:
+TextCorpora = PythonCorpus | TextCorpus | JsonlCorpus | ParquetCorpus | HuggingFaceCorpus
+
+
+def list_sources(config: TextCorpora) -> list[Source]:
     """The files of the corpus in the order of their names. DataError where there are none."""
     match config:
-        case PythonData():
+        case PythonCorpus():
             kind = "python+prose" if config.prose else "python"
             sources = [
                 Source(name, str(path), "topics" if name == "pydoc_data/topics.py" else kind)
                 for name, path in list_python(config.packages, prose=config.prose)
             ]
-        case TextData():
-            sources = [Source(name, str(path), "text") for name, path in _find(config.path, "*")]
-        case JsonlData():
+        case TextCorpus():
+            sources = [Source(name, str(path), "text") for name, path in find_files(config.path, "*")]
+        case JsonlCorpus():
             sources = [
                 Source(name, str(path), "jsonl", field=config.field)
-                for name, path in _find(config.path, "*.jsonl")
+                for name, path in find_files(config.path, "*.jsonl")
+            ]
+        case ParquetCorpus():
+            need_pyarrow("parquet")
+            sources = [
+                Source(name, str(path), "parquet", field=config.column)
+                for name, path in find_files(config.path, "*.parquet")
+            ]
+        case HuggingFaceCorpus():
+            files = {path: path.name for path in list_dataset(config)}
+            sources = [
+                Source(name, str(path), "arrow", field=config.column) for name, path in _unique_names(files)
             ]
     return sorted(sources, key=lambda source: source.name)
 
 
 def cut(source: Source, size: int) -> list[Source]:
-    """Ranges of about `size` bytes of a jsonl file; any other file whole."""
-    if source.kind != "jsonl":
+    """Ranges of about `size` bytes of a jsonl file or of a table; any other file whole."""
+    if source.kind == "jsonl":
+        starts = range(0, source.size, size)
+        ranges = [(start, min(start + size, source.size)) for start in starts]
+        return [replace(source, start=start, stop=stop, size=stop - start) for start, stop in ranges]
+    if source.kind not in ("parquet", "arrow"):
         return [source]
-    starts = range(0, source.size, size)
-    return [replace(source, start=start, stop=min(start + size, source.size)) for start in starts]
+    pieces: list[Source] = []
+    for group, more in enumerate(count_groups(source.path, source.kind, source.field)):
+        if pieces and pieces[-1].size < size:
+            pieces[-1] = replace(pieces[-1], stop=group + 1, size=pieces[-1].size + more)
+        else:
+            pieces.append(replace(source, start=group, stop=group + 1, size=more))
+    return pieces or [source]  # reading will say why
 
 
 def read(source: Source, skip: Skip) -> Iterator[Document]:
     """The documents of a source that are not empty. `skip` may raise to stop at what cannot be read."""
     if source.kind == "jsonl":
         yield from _read_lines(source, skip)
+        return
+    if source.kind in ("parquet", "arrow"):
+        for row, text in read_column(
+            source.path, source.kind, source.field, groups=range(source.start, source.stop), skip=skip
+        ):
+            yield Document(f"{source.name}@{row}", "text", text, _sha256(text))
         return
     content = Path(source.path).read_bytes()
     if hashlib.sha256(content).hexdigest() != source.digest:
@@ -164,8 +196,13 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _find(paths: str | tuple[str, ...], pattern: str) -> list[tuple[str, Path]]:
-    """(name, path) of every file that the user's files, folders and glob patterns mean, each once."""
+def find_files(
+    paths: str | tuple[str, ...], pattern: str, *, key: str = "data.path"
+) -> list[tuple[str, Path]]:
+    """(name, path) of every file that the user's files, folders and glob patterns mean, each once.
+
+    Of a folder, the files whose names match `pattern`. DataError, about the config's `key`, where there is none.
+    """
     found: dict[Path, str] = {}
     for entry in (paths,) if isinstance(paths, str) else paths:
         path = Path(entry).expanduser()
@@ -178,14 +215,14 @@ def _find(paths: str | tuple[str, ...], pattern: str) -> list[tuple[str, Path]]:
             root = Path(*path.parts[:plain])
             files = root.glob(os.path.join(*path.parts[plain:]))  # noqa: PTH118 (a pattern, not a path)
         else:
-            raise DataError(f"data.path: {entry}: no such file or folder")
+            raise DataError(f"{key}: {entry}: no such file or folder")
         files = sorted(f for f in files if f.is_file())
         if not files:
-            raise DataError(f"data.path: {entry}: no file there matches; name files, a folder or a pattern")
+            raise DataError(f"{key}: {entry}: no file there matches; name files, a folder or a pattern")
         for file in files:
             found.setdefault(file.resolve(), file.relative_to(root).as_posix())
     if not found:
-        raise DataError("data.path: names no file; give files, folders or glob patterns")
+        raise DataError(f"{key}: names no file; give files, folders or glob patterns")
     return _unique_names(found)
 
 

@@ -8,7 +8,8 @@ Dims: B rows of a batch, S tokens of a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -65,7 +66,33 @@ class Batch:
         return Batch(tokens, torch.full_like(targets, -1) if empty else targets, documents, numbers, samples)
 
 
-class Loader:
+class Stream(Protocol):
+    """Token ids in one sequence: an array, or what reads like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: Any, /) -> np.ndarray:
+        """The ids at an array of positions, or in a slice of step 1."""
+        ...
+
+
+class Batches(Protocol):
+    """Where the batches of a run come from."""
+
+    def batch(self, step: int) -> Batch:
+        """The rows of this rank at this step: a pure function of (seed, step)."""
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Passes over the corpus completed before this step."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All that decides the order from `step` on, ready for JSON; of equal state, equal batches."""
+        ...
+
+
+class Loader(Batches):
     """Training batches for one rank out of `ranks`.
 
     The step's rows form equal micro-batches, in order, and each rank has a contiguous share of every one: a micro-batch
@@ -74,7 +101,7 @@ class Loader:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Stream,
         *,
         mark: int,
         seq_len: int,
@@ -85,42 +112,40 @@ class Loader:
         micro_batches: int = 1,
     ) -> None:
         """`sequences` is the number of rows of the global batch. DataError where there is no window."""
-        if sequences % micro_batches or not 0 <= rank < ranks <= sequences // micro_batches:
-            raise DataError(
-                f"rank {rank} of {ranks} ranks gets no row of one of {micro_batches} micro-batches of "
-                f"{sequences} sequences"
-            )
+        self.rows, self.cuts = rows_of(sequences, rank=rank, ranks=ranks, micro_batches=micro_batches)
         self.num_windows = (len(tokens) - 1) // seq_len
         if self.num_windows < 1:
             raise DataError(
                 f"data.seq_len: {seq_len} needs {seq_len + 1} tokens, the training text has {len(tokens)}; "
                 "give a smaller data.seq_len or more text"
             )
-        self.tokens, self.mark, self.seq_len = np.asarray(tokens), mark, seq_len
+        self.tokens = np.asarray(tokens) if isinstance(tokens, np.ndarray) else tokens
+        self.mark, self.seq_len = mark, seq_len
         self.sequences, self.seed = sequences, seed
-        micro = sequences // micro_batches
-        first, end = rank * micro // ranks, (rank + 1) * micro // ranks
-        self.rows = (np.arange(micro_batches)[:, None] * micro + np.arange(first, end)).flatten()
-        self.cuts = (end - first,) * micro_batches
 
     def batch(self, step: int) -> Batch:
-        """The rows of this rank at this step: a pure function of (seed, step)."""
-        sample = step * self.sequences + self.rows
-        epochs, positions = np.divmod(sample, self.num_windows)
+        windows = self.windows(step * self.sequences + self.rows)
+        ids = self.read(windows)
+        return make_batch(ids, mark=self.mark, rows=self.rows, samples=windows, cuts=self.cuts)
+
+    def windows(self, samples: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+        """Which window each sample of the run is."""
+        epochs, positions = np.divmod(samples, self.num_windows)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             windows[chosen] = permute(positions[chosen], self.num_windows, seed=self.seed, epoch=int(epoch))
+        return windows
+
+    def read(self, windows: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B L"]:
+        """The seq_len + 1 tokens of each window."""
         at = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        batch = _batch(self.tokens[at].astype(np.int64), mark=self.mark, rows=self.rows, samples=windows)
-        return replace(batch, cuts=self.cuts)
+        return self.tokens[at].astype(np.int64)
 
     def epoch(self, step: int) -> float:
-        """Passes over the corpus completed before this step."""
         return step * self.sequences / self.num_windows
 
-    def state(self, step: int) -> dict[str, int]:
-        """All that decides the order from `step` on; two loaders of equal state give equal batches."""
+    def state(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
             "seed": self.seed,
@@ -130,26 +155,41 @@ class Loader:
         }
 
 
+def rows_of(
+    sequences: int, *, rank: int, ranks: int, micro_batches: int
+) -> tuple[Int[np.ndarray, " B"], tuple[int, ...]]:
+    """The rank's contiguous share of the rows of every micro-batch, and its size. DataError where it is empty."""
+    if sequences % micro_batches or not 0 <= rank < ranks <= sequences // micro_batches:
+        raise DataError(
+            f"rank {rank} of {ranks} ranks gets no row of one of {micro_batches} micro-batches of "
+            f"{sequences} sequences"
+        )
+    micro = sequences // micro_batches
+    first, end = rank * micro // ranks, (rank + 1) * micro // ranks
+    rows = np.arange(micro_batches)[:, None] * micro + np.arange(first, end)
+    return rows.flatten(), (end - first,) * micro_batches
+
+
 def eval_batches(
-    tokens: np.ndarray, *, mark: int, seq_len: int, sequences: int, limit_tokens: int
+    tokens: Stream, *, mark: int, seq_len: int, sequences: int, limit_tokens: int
 ) -> Iterator[Batch]:
     """Windows in order, `sequences` a batch, up to `limit_tokens` targets; the last window is padded.
 
     Padding has target -1 and the mark as token. The last batch may have fewer rows.
     """
-    tokens = tokens[: limit_tokens + 1]
-    if len(tokens) < 2:
+    count = min(len(tokens), limit_tokens + 1)
+    if count < 2:
         raise DataError(
-            f"the held-out text has {len(tokens)} tokens, evaluation needs 2; "
+            f"the held-out text has {count} tokens, evaluation needs 2; "
             "give more text or a larger data.eval_fraction"
         )
-    num_windows = -(-(len(tokens) - 1) // seq_len)
+    num_windows = -(-(count - 1) // seq_len)
     for first in range(0, num_windows, sequences):
         windows = np.arange(first, min(first + sequences, num_windows))
         at = windows[:, None] * seq_len + np.arange(seq_len + 1)  # (B, S + 1)
-        inside = at < len(tokens)
-        ids = np.where(inside, tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64), mark)
-        batch = _batch(ids, mark=mark, rows=windows - first, samples=windows)
+        inside = at < count
+        ids = np.where(inside, tokens[np.minimum(at, count - 1)].astype(np.int64), mark)
+        batch = make_batch(ids, mark=mark, rows=windows - first, samples=windows)
         batch.targets[torch.from_numpy(~inside[:, 1:])] = -1
         yield batch
 
@@ -194,7 +234,15 @@ def _mix_array(words: np.ndarray) -> np.ndarray:
     return words ^ words >> np.uint64(31)
 
 
-def _batch(ids: Int[np.ndarray, "B L"], *, mark: int, rows: np.ndarray, samples: np.ndarray) -> Batch:
+def make_batch(
+    ids: Int[np.ndarray, "B L"],
+    *,
+    mark: int,
+    rows: np.ndarray,
+    samples: np.ndarray,
+    cuts: tuple[int, ...] | None = None,
+) -> Batch:
+    """Inputs, targets and documents of rows of L = S + 1 tokens."""
     tokens, targets = ids[:, :-1].copy(), ids[:, 1:].copy()  # a view of one row would share its memory
     starts = tokens == mark
     starts[:, 0] = False  # what a row begins with, mark or not, is its document 0
@@ -204,4 +252,5 @@ def _batch(ids: Int[np.ndarray, "B L"], *, mark: int, rows: np.ndarray, samples:
         documents=torch.from_numpy(starts.cumsum(1)),
         rows=torch.from_numpy(rows.copy()),
         samples=torch.from_numpy(samples),
+        cuts=cuts,
     )

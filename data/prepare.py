@@ -1,7 +1,7 @@
-"""From a config to a prepared corpus: find the files, read, train the tokenizer, encode, write. Once.
+"""From a config to a prepared corpus: find the files, prepare what the cache does not have yet, open it.
 
-The folder's name holds a hash of everything its content depends on, so that an edited file or option leads to
-another folder and nothing stale is ever opened. What decides only how the tokens are used is not part of it:
+The name of a corpus's folder holds a hash of everything its content depends on, so that an edited file or option leads
+to another folder and nothing stale is ever opened. What decides only how the tokens are used is not part of it:
 sequence length, masking, number of workers.
 """
 
@@ -9,50 +9,40 @@ import errno
 import hashlib
 import json
 import os
-import platform
-import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
-
-from moesaic.data.config import BpeTokenizer, ByteTokenizer, DataConfig, FileTokenizer
-from moesaic.data.corpora import Source, cut, list_sources
-from moesaic.data.errors import DataError
-from moesaic.data.prepared import FORMAT_VERSION, MANIFEST, Prepared, open_prepared
-from moesaic.data.shards import (
-    Entry,
-    Fate,
-    Replaced,
-    encode_shard,
-    is_encoded,
-    read_index,
-    read_parts,
-    read_shard,
-    read_text,
+from moesaic.data.build import SAMPLE, Draft, Report, in_eval, options_of
+from moesaic.data.config import (
+    BpeTokenizer,
+    DataConfig,
+    MixtureData,
+    TextDataConfig,
+    TokensData,
 )
-from moesaic.data.tokenizer import Bytes, Tokenizer, load_tokenizer, read_tokenizer, train_bpe
+from moesaic.data.corpora import Source, list_sources
+from moesaic.data.errors import DataError
+from moesaic.data.mixture import Mixture, shares
+from moesaic.data.prepared import FORMAT_VERSION, Prepared, open_prepared
+from moesaic.data.shards import Replaced
+from moesaic.data.tokenizer import Tokenizer, expected_vocab, given_tokenizer, load_tokenizer, train_bpe
+from moesaic.data.tokens import build_tokens, list_tokens, open_tokens, tokens_tokenizer
 from moesaic.data.workers import Workers
 
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total); the units differ by stage."""
-
-MIN_SHARD, MAX_SHARD, SHARDS = 1 << 19, 1 << 25, 512
-"""Bytes of source per shard, and how many there are when neither bound holds."""
-SAMPLE, SAMPLE_DOCUMENT = 1 << 24, 1 << 20
-"""Bytes of training text that BPE is trained on, and at most of one document."""
-IGNORED = ("seq_len", "mask_documents", "cache", "workers", "tokenizer", "path", "packages")
-"""Fields that the key leaves out: they do not change the content, or are in it as digests."""
-LONGEST = 10
+__all__ = ["Report", "cache_root", "in_eval", "prepare", "vocab_of"]
 
 
-def prepare(config: DataConfig, *, report: Report | None = None) -> Prepared:
+@overload
+def prepare(config: TextDataConfig | TokensData, *, report: Report | None = None) -> Prepared: ...
+@overload
+def prepare(config: MixtureData, *, report: Report | None = None) -> Mixture: ...
+@overload
+def prepare(config: DataConfig, *, report: Report | None = None) -> Prepared | Mixture: ...
+def prepare(config: DataConfig, *, report: Report | None = None) -> Prepared | Mixture:
     """The corpus as token streams, from the cache if it is there. DataError says what is wrong, and a remedy.
 
     May be killed at any moment and started again, and may run in several processes at once: one works, all
@@ -61,15 +51,14 @@ def prepare(config: DataConfig, *, report: Report | None = None) -> Prepared:
     report = report or (lambda stage, done, total: None)
     root = cache_root(config)
     try:
-        tokenizer = _given_tokenizer(config)
-        sources = _digested(list_sources(config), root / "digests.json", report)
-        key = _key(config, sources, tokenizer)
-        folder = root / f"{config.kind}-{key[:16]}"
-        if not folder.exists():
-            root.mkdir(parents=True, exist_ok=True)
-            with _locked(root / f"{folder.name}.lock", report):
-                if not folder.exists():  # another process may have been first
-                    _build(config, sources, tokenizer, key, folder, report)
+        with Workers(config.workers or _cores()) as workers:
+            match config:
+                case MixtureData():
+                    return _mixture(config, root, workers, report)
+                case TokensData():
+                    return _tokens(config, tokens_tokenizer(config), root, workers, report)
+                case _:
+                    return _text(config, _given(config), root, workers, report)
     except OSError as error:
         where = error.filename or root
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -77,7 +66,6 @@ def prepare(config: DataConfig, *, report: Report | None = None) -> Prepared:
         raise DataError(
             f"{where}: {error.strerror}; {remedy}, or choose another cache with data.cache or $MOESAIC_CACHE"
         ) from error
-    return open_prepared(folder, key)
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -87,208 +75,139 @@ def cache_root(config: DataConfig) -> Path:
     return Path(os.environ.get("MOESAIC_CACHE") or "~/.cache/moesaic").expanduser()
 
 
-def in_eval(key: str, fraction: float) -> bool:
-    """Whether a document with this hash is held out."""
-    return int.from_bytes(bytes.fromhex(key)[:8], "big") / 2**64 < fraction
+def vocab_of(config: DataConfig) -> int:
+    """Rows of the embedding table for this corpus, known without reading it. DataError where parts disagree."""
+    match config:
+        case TokensData():
+            return tokens_tokenizer(config).vocab
+        case MixtureData():
+            vocabs = {name: vocab_of(config.part(name)) for name in config.parts}
+            if len(set(vocabs.values())) > 1:
+                told = ", ".join(f"{name} {vocab}" for name, vocab in vocabs.items())
+                raise DataError(
+                    f"data.parts: have vocabularies of different sizes ({told}); one model needs one"
+                )
+            return next(iter(vocabs.values()))
+        case _:
+            return expected_vocab(config.tokenizer)
 
 
-def _build(
-    config: DataConfig,
-    sources: list[Source],
-    tokenizer: Tokenizer | None,
-    key: str,
-    folder: Path,
-    report: Report,
-) -> None:
-    """Make the folder. The finished shards of an interrupted attempt are in the work folder, and used."""
-    if tokenizer is not None:
-        tokenizer.encode("")  # a file that the library cannot read fails here, before the work
-    shards = _cut_shards(sources)
-    layout = hashlib.sha256(
-        repr([[(s.name, s.start) for s in shard] for shard in shards]).encode()
-    ).hexdigest()
-    work = folder.with_name(f"{folder.name}.{layout[:8]}.work")  # another layout's shards are of no use
-    work.mkdir(exist_ok=True)
-    with Workers(config.workers or _cores()) as workers:
-        waiting = [n for n in range(len(shards)) if read_index(work, n) is None]
-        tasks = [(work, n, shards[n], config.on_error == "stop") for n in waiting]
-        workers.run(read_shard, tasks, _progress("read", waiting, len(shards), report))
-        entries: list[list[Entry]] = []
-        skipped: list[tuple[str, str]] = []
-        for n in range(len(shards)):
-            found = read_index(work, n)
-            assert found is not None
-            entries.append(found[0])
-            skipped += found[1]
-        fates, split = _decide(entries, config.eval_fraction)
-        if split == "none":
-            raise DataError(
-                f"data: the corpus is empty: {len(sources)} files, {len(skipped)} of their parts skipped, "
-                "no document with text; give files with text"
-            )
-        tokenizer = _tokenizer(config, tokenizer, work, entries, fates, report)
-        waiting = [n for n in range(len(shards)) if not is_encoded(work, n)]
-        tasks = [(work, n, fates[n], config.eval_fraction) for n in waiting]
-        workers.run(encode_shard, tasks, _progress("encode", waiting, len(shards), report))
-    done = work / "done"
-    shutil.rmtree(done, ignore_errors=True)
-    tokenizer.save(done)
-    written = _write_streams(work, done, entries, tokenizer, report)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "key": key,
-        "kind": config.kind,
-        "options": _options(config),
-        "split": split,
-        "tokenizer": {f: getattr(tokenizer, f) for f in ("name", "vocab", "mark", "digest")},
-        **written,
-        "duplicates": sum(row.count(Fate.DROP) for row in fates),
-        "skipped": skipped,
-        "files": [(source.name, source.size, source.digest) for source in sources],
-        "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
-    }
-    (done / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in (*done.iterdir(), done):
-        _flush(path)
-    done.rename(folder)
-    for leftover in folder.parent.glob(f"{folder.name}.*.work"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _text(
+    config: TextDataConfig, given: Tokenizer | None, root: Path, workers: Workers, report: Report
+) -> Prepared:
+    """A corpus of text. With no tokenizer given, one is trained on it."""
+    sources = _digested(list_sources(config), root / "digests.json", report)
+    key = _key(config, sources, given)
+    folder = root / f"{config.kind}-{key[:16]}"
+    with _absent(folder, report) as absent:
+        if absent:
+            if given is not None:
+                given.encode("")  # a file that the library cannot read fails here, before the work
+            draft = Draft(config, sources, root, folder.name)
+            draft.read(workers, report)
+            tokenizer = given or draft.train(expected_vocab(config.tokenizer), report)
+            draft.finish(tokenizer, key, folder, workers=workers, report=report)
+    return open_prepared(folder, key)
 
 
-def _decide(entries: list[list[Entry]], fraction: float) -> tuple[list[list[int]], str]:
-    """Each document's fate, and what decided: `hash`, `tail`, or `none` where there is no document.
+def _tokens(
+    config: TokensData, tokenizer: Tokenizer, root: Path, workers: Workers, report: Report
+) -> Prepared:
+    """A corpus that is tokens already: only where its documents are is kept in the cache."""
+    sources = _digested(list_tokens(config), root / "digests.json", report)
+    key = _key(config, sources, tokenizer)
+    folder = root / f"{config.kind}-{key[:16]}"
+    with _absent(folder, report) as absent:
+        if absent:
+            build_tokens(config, sources, tokenizer, key, folder, workers=workers, report=report)
+    return open_tokens(folder, key, sources, config)
 
-    Duplicates are dropped. By hash, unless that would hold out nothing or all, or less than one document is
-    to be expected: then the tail of every document is held out.
+
+def _mixture(config: MixtureData, root: Path, workers: Workers, report: Report) -> Mixture:
+    """Every part as a corpus of its own, after a tokenizer for all of them."""
+    vocab_of(config)
+    trained = isinstance(config.tokenizer, BpeTokenizer)
+    shared = _shared_tokenizer(config, root, workers, report) if trained else None
+    parts: dict[str, Prepared] = {}
+    for name in sorted(config.parts):
+        part = config.part(name)
+        with _named(name, report) as said:
+            if isinstance(part, TokensData):
+                parts[name] = _tokens(part, tokens_tokenizer(part), root, workers, said)
+            else:
+                parts[name] = _text(part, shared or _given(part), root, workers, said)
+    weights = {name: part.weight for name, part in config.parts.items()}
+    return Mixture.of(parts, weights)
+
+
+def _shared_tokenizer(config: MixtureData, root: Path, workers: Workers, report: Report) -> Tokenizer:
+    """BPE of the text of all parts: of a sample in which each has the share that it has of the training sequences.
+
+    A part that is smaller than its share of `SAMPLE` bytes gives all it has.
+
+    The texts that were read for it become the drafts of the parts.
     """
-    seen: set[tuple[str, str]] = set()
-    fates: list[list[int]] = []
-    for shard in entries:
-        fates.append([])
-        for entry in shard:
-            new = (entry.domain, entry.key) not in seen
-            seen.add((entry.domain, entry.key))
-            side = Fate.EVAL if in_eval(entry.key, fraction) else Fate.TRAIN
-            fates[-1].append(side if new else Fate.DROP)
-    if not seen:
-        return fates, "none"
-    both = any(Fate.EVAL in row for row in fates) and any(Fate.TRAIN in row for row in fates)
-    if both and len(seen) * fraction >= 1:
-        return fates, "hash"
-    return [[Fate.BOTH if fate else Fate.DROP for fate in row] for row in fates], "tail"
-
-
-def _tokenizer(
-    config: DataConfig,
-    given: Tokenizer | None,
-    work: Path,
-    entries: list[list[Entry]],
-    fates: list[list[int]],
-    report: Report,
-) -> Tokenizer:
-    """The tokenizer, which the work folder has from now on, for the workers and after an interruption."""
-    folder = work / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(folder)
-    if given is None:
-        assert isinstance(config.tokenizer, BpeTokenizer)
-        report("tokenizer", 0, 1)
-        given = train_bpe(_sample(work, entries, fates, config.eval_fraction), config.tokenizer.vocab)
-        report("tokenizer", 1, 1)
-    with Replaced(folder) as temporary:
-        given.save(temporary)
-    return given
-
-
-def _sample(work: Path, entries: list[list[Entry]], fates: list[list[int]], tail: float) -> Iterator[str]:
-    """Training text up to SAMPLE bytes, in the order of hashes: held-out text never shapes the tokenizer."""
-    chosen = sorted(
-        (entry.key, entry.domain, n, i)
-        for n, shard in enumerate(entries)
-        for i, entry in enumerate(shard)
-        if fates[n][i] in (Fate.TRAIN, Fate.BOTH)
-    )
-    left = SAMPLE
-    for _, _, n, i in chosen:
-        entry = entries[n][i]
-        usable = entry.size if fates[n][i] == Fate.TRAIN else int(entry.size * (1 - tail))
-        limit = min(usable, SAMPLE_DOCUMENT, left)
-        left -= limit
-        if limit <= 0:
-            return
-        yield read_text(work, n, entry, limit)
-
-
-def _write_streams(
-    work: Path, done: Path, entries: list[list[Entry]], tokenizer: Tokenizer, report: Report
-) -> dict[str, Any]:
-    """Join the shards: training documents in the order of names, held-out ones in the order of hashes.
-
-    So any beginning of the held-out stream is a fair sample of it. Returns what the manifest says about both.
-    """
-    counts: dict[str, dict[str, dict[str, int]]] = {"train": {}, "eval": {}}
-    held_out: list[tuple[str, str, str, np.ndarray]] = []
-    longest: list[tuple[int, str]] = []
-    dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
-    streams = {split: {"dtype": dtype.name, "tokens": 0, "sha256": ""} for split in counts}
-    digests = {split: hashlib.sha256() for split in counts}
-    with (done / "train.bin").open("wb") as train, (done / "eval.bin").open("wb") as held:
-        for n, shard in enumerate(entries):
-            for part in read_parts(work, n):
-                entry = shard[part.entry]
-                split = "train" if part.fate == Fate.TRAIN else "eval"
-                count = counts[split].setdefault(entry.domain, {"documents": 0, "bytes": 0, "tokens": 0})
-                for field, more in (("documents", 1), ("bytes", part.size), ("tokens", len(part.tokens))):
-                    count[field] += more
-                streams[split]["tokens"] += len(part.tokens)
-                longest = sorted([*longest, (len(part.tokens), entry.name)], reverse=True)[:LONGEST]
-                if split == "train":
-                    train.write(part.tokens.tobytes())
-                    digests[split].update(part.tokens.tobytes())
-                else:
-                    held_out.append((entry.key, entry.domain, entry.name, part.tokens.copy()))
-            report("write", n + 1, len(entries))
-        for *_, tokens in sorted(held_out, key=lambda document: document[:3]):
-            held.write(tokens.tobytes())
-            digests["eval"].update(tokens.tobytes())
-    for split, stream in streams.items():
-        stream["sha256"] = digests[split].hexdigest()
-        if not stream["tokens"]:
-            sizes = sum(entry.size for shard in entries for entry in shard)
-            raise DataError(
-                f"data: {sizes} bytes of text are too few to hold out some for {split}; give more text"
+    assert isinstance(config.tokenizer, BpeTokenizer)
+    weights = shares({name: part.weight for name, part in config.parts.items()})
+    listed: dict[str, list[Source]] = {}
+    keys: dict[str, str] = {}
+    for name in weights:
+        part = config.part(name)
+        assert not isinstance(part, TokensData)
+        with _named(name, report) as said:
+            listed[name] = _digested(list_sources(part), root / "digests.json", said)
+            keys[name] = _key(part, listed[name], None)
+    content = {"keys": keys, "weights": weights, "vocab": config.tokenizer.vocab}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    folder = root / f"mixture-{key[:16]}"
+    with _absent(folder, report) as absent:
+        if absent:
+            drafts: dict[str, Draft] = {}
+            for name, sources in listed.items():
+                part = config.part(name)
+                assert not isinstance(part, TokensData)
+                with _named(name, report) as said:
+                    drafts[name] = Draft(part, sources, root, f"{folder.name}.{name}")
+                    drafts[name].read(workers, said)
+            report("tokenizer", 0, 1)
+            total = sum(weights.values())
+            sample = (
+                text
+                for name, draft in drafts.items()
+                for text in draft.sample(SAMPLE * weights[name] // total)
             )
-    return {
-        "streams": streams,
-        "counts": counts,
-        "longest": [(name, tokens) for tokens, name in longest],
-        "held_out": [name for _, _, name, _ in held_out],
-    }
+            tokenizer = train_bpe(sample, config.tokenizer.vocab)
+            report("tokenizer", 1, 1)
+            for draft in drafts.values():
+                part_key = _key(draft.config, draft.sources, tokenizer)
+                draft.rename(f"{draft.config.kind}-{part_key[:16]}")
+            with Replaced(folder) as temporary:  # last: who finds it does not look for these drafts again
+                tokenizer.save(temporary)
+    return load_tokenizer(folder)
 
 
-def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
+@contextmanager
+def _named(part: str, report: Report) -> Iterator[Report]:
+    """Errors and reports of a part of a mixture say which one it is."""
+    try:
+        yield lambda stage, done, total: report(f"{part}: {stage}", done, total)
+    except DataError as error:
+        raise DataError(f"data.parts.{part}: {error}") from error
+
+
+def _given(config: TextDataConfig) -> Tokenizer | None:
     """The tokenizer where it does not depend on the corpus."""
-    match config.tokenizer:
-        case ByteTokenizer():
-            return Bytes()
-        case FileTokenizer(path=path):
-            return read_tokenizer(Path(path))
-        case BpeTokenizer():
-            return None
+    return None if isinstance(config.tokenizer, BpeTokenizer) else given_tokenizer(config.tokenizer)
 
 
-def _key(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> str:
+def _key(config: TextDataConfig | TokensData, sources: list[Source], tokenizer: Tokenizer | None) -> str:
     content = {
         "format_version": FORMAT_VERSION,
-        "options": _options(config),
-        "tokenizer": tokenizer.digest if tokenizer else asdict(config.tokenizer),
+        "options": options_of(config),
+        "tokenizer": tokenizer.digest if tokenizer else asdict(config)["tokenizer"],
         "files": [(source.name, source.digest) for source in sources],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _options(config: DataConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in IGNORED}
 
 
 def _digested(sources: list[Source], memo_path: Path, report: Report) -> list[Source]:
@@ -318,30 +237,15 @@ def _digested(sources: list[Source], memo_path: Path, report: Report) -> list[So
     return digested
 
 
-def _cut_shards(sources: list[Source]) -> list[list[Source]]:
-    """Consecutive sources of similar total size: a function of the corpus alone, whatever the workers."""
-    size = min(max(sum(source.size for source in sources) // SHARDS, MIN_SHARD), MAX_SHARD)
-    shards: list[list[Source]] = []
-    room = 0
-    for piece in (piece for source in sources for piece in cut(source, size)):
-        if room <= 0:
-            shards.append([])
-            room = size
-        shards[-1].append(piece)
-        room -= piece.stop - piece.start if piece.stop else piece.size
-    return shards
-
-
-def _progress(stage: str, waiting: list[int], total: int, report: Report) -> Callable[[int], None]:
-    """Reports finished shards; those of an earlier attempt count from the start."""
-    counts: dict[str, int] = defaultdict(lambda: total - len(waiting))
-    report(stage, counts[stage], total)
-
-    def done(_: int) -> None:
-        counts[stage] += 1
-        report(stage, counts[stage], total)
-
-    return done
+@contextmanager
+def _absent(folder: Path, report: Report) -> Iterator[bool]:
+    """Whether the folder has to be made, by this process alone."""
+    if folder.exists():
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f"{folder.name}.lock"), report):
+        yield not folder.exists()  # another process may have been first
 
 
 @contextmanager
@@ -356,15 +260,6 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
             report("wait", 0, 1)  # another process prepares this corpus
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _flush(path: Path) -> None:
-    """To the disk, before the name that promises it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cores() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.data.errors import DataError
+from moesaic.data.loader import Stream
 from moesaic.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -27,10 +28,10 @@ class Prepared:
     """An open corpus."""
 
     folder: Path
-    train: np.ndarray
-    """Memory map of the training stream, uint16 or uint32."""
-    eval: np.ndarray
-    """Memory map of the held-out stream, its documents in the order of their hashes."""
+    train: Stream
+    """The training stream, mapped into memory, uint16 or uint32."""
+    eval: Stream
+    """The held-out stream, likewise, its documents in the order of their hashes."""
     manifest: dict[str, Any]
     """Files with digests, counts, versions: everything that a run has to record about its data."""
 
@@ -39,21 +40,25 @@ class Prepared:
         """Raises DataError where it is not the one the streams were made with."""
         tokenizer = load_tokenizer(self.folder)
         if tokenizer.digest != self.manifest["tokenizer"]["digest"]:
-            raise _damaged(self.folder, "about_tokenizer.json", "is another tokenizer's")
+            raise damaged(self.folder, "about_tokenizer.json", "is another tokenizer's")
         return tokenizer
 
     def summary(self) -> dict[str, Any]:
-        """Counts, ready for JSON; `documents`, `bytes`, `tokens` and `bytes_per_token` at each level."""
+        """Counts, ready for JSON; `documents`, `bytes`, `tokens` and `bytes_per_token` at each level.
+
+        Bytes are None where it is not known what ids stand for.
+        """
         manifest = self.manifest
         splits: dict[str, dict[str, Any]] = {
-            split: _total(list(domains.values())) | {"domains": {d: _total([n]) for d, n in domains.items()}}
+            split: total_of(list(domains.values()))
+            | {"domains": {d: total_of([n]) for d, n in domains.items()}}
             for split, domains in manifest["counts"].items()
         }
         return {
             "folder": str(self.folder),
             "kind": manifest["kind"],
             "tokenizer": {key: manifest["tokenizer"][key] for key in ("name", "vocab")},
-            **_total(list(splits.values())),
+            **total_of(list(splits.values())),
             "splits": splits,
             "held_out_by": manifest["split"],
             "files": len(manifest["files"]),
@@ -65,36 +70,51 @@ class Prepared:
 
 def open_prepared(folder: Path, key: str) -> Prepared:
     """Open a folder that was prepared under this key. DataError names what does not fit, and the remedy."""
+    manifest = read_manifest(folder, key)
+    train, held_out = (
+        _open_stream(folder, f"{split}.bin", manifest["streams"][split]) for split in ("train", "eval")
+    )
+    return Prepared(folder, train, held_out, manifest)
+
+
+def read_manifest(folder: Path, key: str) -> dict[str, Any]:
+    """The manifest of a folder that was prepared under this key. DataError names what does not fit."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, found = manifest["format_version"], manifest["key"]
-        streams = {split: manifest["streams"][split] for split in ("train", "eval")}
+        for split in ("train", "eval"):
+            manifest["streams"][split]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, MANIFEST, f"is missing or damaged ({error!r})") from error
+        raise damaged(folder, MANIFEST, f"is missing or damaged ({error!r})") from error
     if version != FORMAT_VERSION:
-        raise _damaged(folder, MANIFEST, f"has format version {version}, this moesaic reads {FORMAT_VERSION}")
+        raise damaged(folder, MANIFEST, f"has format version {version}, this moesaic reads {FORMAT_VERSION}")
     if found != key:
-        raise _damaged(folder, MANIFEST, f"is of another corpus (key {found[:16]}, not {key[:16]})")
-    train, held_out = (_open_stream(folder, f"{split}.bin", about) for split, about in streams.items())
-    return Prepared(folder, train, held_out, manifest)
+        raise damaged(folder, MANIFEST, f"is of another corpus (key {found[:16]}, not {key[:16]})")
+    return manifest
+
+
+def total_of(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of documents, bytes and tokens, and bytes per token; None where something summed is None."""
+    total: dict[str, Any] = {"documents": sum(n["documents"] for n in counts)}
+    sizes = [n["bytes"] for n in counts]
+    total["bytes"] = None if None in sizes else sum(sizes)
+    total["tokens"] = sum(n["tokens"] for n in counts)
+    total["bytes_per_token"] = None if total["bytes"] is None else total["bytes"] / total["tokens"]
+    return total
+
+
+def damaged(folder: Path, name: str, what: str) -> DataError:
+    """The error of a folder that does not fit its manifest."""
+    return DataError(f"{folder / name}: {what}; delete the folder {folder} and prepare the corpus again")
 
 
 def _open_stream(folder: Path, name: str, about: dict[str, Any]) -> np.ndarray:
     path, dtype = folder / name, np.dtype(about["dtype"])
     size = path.stat().st_size if path.is_file() else None
     if size is None:
-        raise _damaged(folder, name, "is missing")
+        raise damaged(folder, name, "is missing")
     if size != about["tokens"] * dtype.itemsize:
-        raise _damaged(folder, name, f"has {size} bytes instead of {about['tokens'] * dtype.itemsize}")
+        raise damaged(folder, name, f"has {size} bytes instead of {about['tokens'] * dtype.itemsize}")
     if size <= VERIFIED_BYTES and hashlib.sha256(path.read_bytes()).hexdigest() != about["sha256"]:
-        raise _damaged(folder, name, "has another sha256 than its manifest says")
+        raise damaged(folder, name, "has another sha256 than its manifest says")
     return np.memmap(path, dtype, mode="r")
-
-
-def _total(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {key: sum(n[key] for n in counts) for key in ("documents", "bytes", "tokens")}
-    return total | {"bytes_per_token": total["bytes"] / total["tokens"]}
-
-
-def _damaged(folder: Path, name: str, what: str) -> DataError:
-    return DataError(f"{folder / name}: {what}; delete the folder {folder} and prepare the corpus again")

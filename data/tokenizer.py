@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: byte-level BPE, a user's `tokenizer.json`, or plain bytes.
+"""Text to token ids and back, exactly: byte-level BPE, a user's `tokenizer.json`, plain bytes, or ids without text.
 
 Every tokenizer has one id that no text can produce, the document mark, which starts every document. The
 library `tokenizers` is loaded on the first text, not on import: a run with a prepared corpus reads ids only.
@@ -49,8 +49,11 @@ class Tokenizer(Protocol):
         """The text of any ids. Never raises: bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         ...
 
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes each id stands for, int64 (vocab,), the mark 0; exact for bytes and byte-level BPE."""
+    def token_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes each id stands for, int64 (vocab,), the mark 0; exact for bytes and byte-level BPE.
+
+        None where it is not known what ids stand for.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -89,13 +92,39 @@ class Bytes(Tokenizer):
         _save(folder, {"kind": "bytes", "digest": self.digest})
 
 
+class Ids(Tokenizer):
+    """Ids of which nothing is known but how many there are and which one is the mark."""
+
+    def __init__(self, vocab: int, mark: int) -> None:
+        self.vocab, self.mark, self.name = vocab, mark, f"ids-{vocab}"
+        self.digest = hashlib.sha256(f"moesaic ids {vocab} {mark}".encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        raise DataError(
+            "data.tokenizer: missing, so text has no tokens here; name the tokenizer.json that made them"
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        return " ".join(str(i) for i in map(int, ids) if i != self.mark)
+
+    def token_bytes(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        _save(folder, {"kind": "ids", "vocab": self.vocab, "mark": self.mark, "digest": self.digest})
+
+
 class Bpe(Tokenizer):
     """A `tokenizer.json`, trained here or brought along. Texts that spell the mark are ordinary text."""
 
-    def __init__(self, content: str, *, name: str, vocab: int | None = None) -> None:
-        self._content = content
+    def __init__(self, content: str, *, name: str, vocab: int | None = None, mark: str = MARK) -> None:
+        """`mark` is added where the content lacks it, if it is ours. A larger `vocab` leaves ids without text."""
+        self._content, self._mark = content, mark
         self.name = name
-        self.vocab, self.mark = _vocab_and_mark(content)
+        self.vocab, self.mark = _vocab_and_mark(content, mark)
         self.vocab = max(self.vocab, vocab or 0)
         self.digest = hashlib.sha256(f"{self.vocab} {self.mark} {content}".encode()).hexdigest()
 
@@ -111,10 +140,10 @@ class Bpe(Tokenizer):
             ) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.add_special_tokens([AddedToken(MARK, special=True, normalized=False)])
-        if tokenizer.token_to_id(MARK) != self.mark:
+        tokenizer.add_special_tokens([AddedToken(self._mark, special=True, normalized=False)])
+        if tokenizer.token_to_id(self._mark) != self.mark:
             raise DataError(
-                f"{self.name}: its ids have holes, so {MARK} cannot be appended; add {MARK} to it"
+                f"{self.name}: its ids have holes, so {self._mark} cannot be appended; add {self._mark} to it"
             )
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -150,7 +179,8 @@ class Bpe(Tokenizer):
         return lengths
 
     def save(self, folder: Path) -> None:
-        _save(folder, {"kind": "bpe", "name": self.name, "vocab": self.vocab, "digest": self.digest})
+        about = {"kind": "bpe", "name": self.name, "vocab": self.vocab, "digest": self.digest}
+        _save(folder, about if self._mark == MARK else about | {"mark": self._mark})
         (folder / CONTENT_FILE).write_text(self._content, encoding="utf-8")
 
 
@@ -171,27 +201,33 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Bpe:
     return Bpe(tokenizer.to_str(), name=f"bpe-{vocab}", vocab=vocab)
 
 
-def read_tokenizer(path: Path) -> Bpe:
-    """The tokenizer of a `tokenizer.json`, the mark appended where it has none. DataError names the file."""
+def read_tokenizer(path: Path, *, mark: str | None = None, vocab: int | None = None) -> Bpe:
+    """The tokenizer of a `tokenizer.json`, `<|doc|>` appended where it has none. DataError names the file.
+
+    `mark` names another token of it that starts documents; `vocab` asks for more ids than it has.
+    """
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.tokenizer.path: {path}: cannot be read ({error})") from error
     try:
-        return Bpe(content, name=f"file:{path.name}")
+        return Bpe(content, name=f"file:{path.name}", vocab=vocab, mark=mark or MARK)
     except DataError as error:
         raise DataError(f"data.tokenizer.path: {path}: {error}") from error
 
 
 def expected_vocab(config: TokenizerConfig) -> int:
     """Rows of the embedding table for this tokenizer, known without reading the corpus."""
-    match config:
-        case BpeTokenizer():
-            return config.vocab
-        case ByteTokenizer():
-            return Bytes().vocab
-        case FileTokenizer():
-            return read_tokenizer(Path(config.path)).vocab
+    if isinstance(config, BpeTokenizer):
+        return config.vocab
+    return given_tokenizer(config).vocab
+
+
+def given_tokenizer(config: FileTokenizer | ByteTokenizer) -> Tokenizer:
+    """The tokenizer, which does not depend on the corpus."""
+    if isinstance(config, ByteTokenizer):
+        return Bytes()
+    return read_tokenizer(Path(config.path), mark=config.mark)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -200,9 +236,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
         if about["kind"] == "bytes":
             tokenizer = Bytes()
+        elif about["kind"] == "ids":
+            tokenizer = Ids(about["vocab"], about["mark"])
         else:
             content = (folder / CONTENT_FILE).read_text(encoding="utf-8")
-            tokenizer = Bpe(content, name=about["name"], vocab=about["vocab"])
+            tokenizer = Bpe(content, name=about["name"], vocab=about["vocab"], mark=about.get("mark", MARK))
         digest = about["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / ABOUT_FILE}: no tokenizer can be read there ({error})") from error
@@ -216,7 +254,7 @@ def _save(folder: Path, about: dict[str, str | int]) -> None:
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _vocab_and_mark(content: str) -> tuple[int, int]:
+def _vocab_and_mark(content: str, mark: str) -> tuple[int, int]:
     """Number of ids and the mark's id, read from the JSON: counting needs no library."""
     try:
         parsed = json.loads(content)
@@ -227,8 +265,13 @@ def _vocab_and_mark(content: str) -> tuple[int, int]:
         highest = max(ids.values(), default=-1)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"not a tokenizer.json of the tokenizers library ({error!r})") from error
-    if MARK in ids:
-        return highest + 1, ids[MARK]
+    if mark in ids:
+        return highest + 1, ids[mark]
+    if mark != MARK:
+        special = [name for name in added if name.startswith("<")][:8]
+        raise DataError(
+            f"holds no token {mark!r} (data.tokenizer.mark); special tokens: {', '.join(special)}"
+        )
     return highest + 2, highest + 1
 
 

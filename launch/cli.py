@@ -309,7 +309,10 @@ def prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """
     prepared = _prepared(config, overrides or [])
     summary = prepared.summary()
-    print(f"{summary['tokens']:,} tokens of {summary['documents']:,} documents in {summary['folder']}")
+    corpora = summary.get("parts", {"": summary})
+    for name, part in corpora.items():
+        told = f"{part['tokens']:,} tokens of {part['documents']:,} documents in {part['folder']}"
+        print(f"{name}: {told}" if name else told)
 
 
 @data.command(epilog=_examples("moesaic data stats quickstart", "moesaic data stats my.yaml --json"))
@@ -375,13 +378,13 @@ def _inspect(config: str, overrides: list[str], ranks: int | None) -> dict[str, 
 
     run = read_run(config, overrides, world_size=ranks)
     ranks = ranks or run.parallel.ranks
-    from moesaic.data.tokenizer import expected_vocab
+    from moesaic.data.prepare import vocab_of
     from moesaic.models.accounting import account, meta_model
     from moesaic.train.device import choose_device, precision_name
     from moesaic.train.memory import estimate
     from moesaic.train.optim import parameter_groups
 
-    vocab = expected_vocab(run.data.tokenizer)
+    vocab = vocab_of(run.data)
     model = account(run.model, vocab, seq_len=run.data.seq_len)
     parameter_groups(meta_model(run.model, vocab), run.optim)
     device = choose_device(run.train)

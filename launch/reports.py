@@ -87,15 +87,11 @@ def stats_view(summary: Mapping[str, Any]) -> RenderableType:
     tokenizer = summary["tokenizer"]
     facts = _table(None)
     _row(facts, "tokenizer", f"{tokenizer['name']}, {tokenizer['vocab']:,} tokens")
-    _row(facts, "files", f"{summary['files']:,}, {summary['duplicates']:,} duplicates left out")
-    _row(facts, "held out by", str(summary["held_out_by"]))
-    skipped = summary["skipped"]
-    if skipped:
-        shown = ", ".join(f"{name} ({why})" for name, why in skipped[:3])
-        _row(facts, "skipped", f"{len(skipped):,} files: {shown}{', ...' if len(skipped) > 3 else ''}")
-    for i, (name, tokens) in enumerate(summary["longest"][:3]):
-        _row(facts, "" if i else "longest", f"{tokens:,} tokens", name)
-    _row(facts, "folder", summary["folder"])
+    if "parts" not in summary:
+        _corpus_rows(facts, summary)
+    for name, part in summary.get("parts", {}).items():
+        _row(facts, name, f"{part['weight']:.3%} of the training sequences, {part['kind']}")
+        _corpus_rows(facts, part, "  ")
     return Group(table, facts)
 
 
@@ -103,7 +99,19 @@ def facts_view(title: str, facts: Mapping[str, Any]) -> RenderableType:
     """Names and values, one a line."""
     table = _table(title)
     for name, value in facts.items():
-        _row(table, name.replace("_", " "), f"{value:,}" if isinstance(value, int) else _number(value))
+        if isinstance(value, Mapping):
+            for part, inner in value.items():
+                _row(
+                    table,
+                    part,
+                    ", ".join(
+                        f"{each.replace('_', ' ')} {_number(inner[each])}"
+                        for each in inner
+                        if each != "parts"
+                    ),
+                )
+        else:
+            _row(table, name.replace("_", " "), _number(value))
     return table
 
 
@@ -122,8 +130,9 @@ def _row(table: Table, name: str, value: str, remark: str = "") -> None:
 
 
 def _counts(table: Table, name: str, counts: Mapping[str, Any], style: str = "") -> None:
-    numbers = (f"{counts['documents']:,}", f"{counts['bytes']:,}", f"{counts['tokens']:,}")
-    table.add_row(visible(name), *numbers, f"{counts['bytes_per_token']:.2f}", style=style)
+    numbers = (_number(counts[each]) for each in ("documents", "bytes", "tokens"))
+    ratio = counts["bytes_per_token"]
+    table.add_row(visible(name), *numbers, "-" if ratio is None else f"{ratio:.2f}", style=style)
 
 
 def _share(model: Mapping[str, int], name: str) -> str:
@@ -131,4 +140,23 @@ def _share(model: Mapping[str, int], name: str) -> str:
 
 
 def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _corpus_rows(facts: Table, summary: Mapping[str, Any], indent: str = "") -> None:
+    """Files, split, what was left out, longest documents and folder of one corpus."""
+    _row(facts, f"{indent}files", f"{summary['files']:,}, {summary['duplicates']:,} duplicates left out")
+    _row(facts, f"{indent}held out by", str(summary["held_out_by"]))
+    skipped = summary["skipped"]
+    if skipped:
+        shown = ", ".join(f"{name} ({why})" for name, why in skipped[:3])
+        _row(
+            facts, f"{indent}skipped", f"{len(skipped):,} files: {shown}{', ...' if len(skipped) > 3 else ''}"
+        )
+    for i, (name, tokens) in enumerate(summary["longest"][:3]):
+        _row(facts, "" if i else f"{indent}longest", f"{tokens:,} tokens", name)
+    _row(facts, f"{indent}folder", summary["folder"])

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesaic.data import prepare as module
+from moesaic.data import build as module
+from moesaic.data import prepare as preparing
+from moesaic.data.build import in_eval
 from moesaic.data.config import (
     BpeTokenizer,
     ByteTokenizer,
-    DataConfig,
     FileTokenizer,
     JsonlData,
     PythonData,
     TextData,
 )
 from moesaic.data.errors import DataError
-from moesaic.data.prepare import in_eval, prepare
+from moesaic.data.prepare import cache_root, prepare
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import CONTENT_FILE, train_bpe
 
@@ -73,9 +74,11 @@ def test_streams_hold_every_document_once(corpus: TextData, tokenizer: Any) -> N
     assert 1 <= len(held) < 20
     assert texts_of(prepared, "train") == [text for text in expected if text not in held]
     assert texts_of(prepared, "eval") == sorted(held, key=key)
-    assert prepared.train.dtype == (np.uint32 if prepared.tokenizer.vocab > 65536 else np.uint16)
+    assert np.asarray(prepared.train).dtype == (np.uint32 if prepared.tokenizer.vocab > 65536 else np.uint16)
     for split in ("train", "eval"):
-        counted = prepared.tokenizer.token_bytes()[getattr(prepared, split)].sum()
+        sizes = prepared.tokenizer.token_bytes()
+        assert sizes is not None
+        counted = sizes[getattr(prepared, split)].sum()
         assert counted == prepared.manifest["counts"][split]["text"]["bytes"]
 
 
@@ -100,7 +103,7 @@ def test_second_time_reads_nothing(corpus: TextData, monkeypatch: pytest.MonkeyP
         os.utime(Path(str(corpus.path), path), (1e9, 1e9))
     first = prepare(corpus)
     monkeypatch.setattr(hashlib, "file_digest", pytest.fail)
-    monkeypatch.setattr(module, "_build", pytest.fail)
+    monkeypatch.setattr(preparing, "Draft", pytest.fail)
     again = prepare(replace(corpus, seq_len=99, mask_documents=False, workers=2))
     assert again.folder == first.folder
 
@@ -120,7 +123,7 @@ def test_key_depends_on_content_and_options_not_on_the_place(corpus: TextData, t
     first = prepare(corpus).folder
     moved = Path(str(corpus.path)).rename(tmp_path / "moved")
     assert prepare(replace(corpus, path=str(moved))).folder == first
-    changed: list[DataConfig] = [
+    changed: list[TextData] = [
         replace(corpus, path=f"{moved}/0*.txt"),
         replace(corpus, path=str(moved), eval_fraction=0.2),
         replace(corpus, path=str(moved), tokenizer=ByteTokenizer()),
@@ -245,19 +248,19 @@ def test_full_disk(corpus: TextData, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.cache_root(PythonData(cache=str(tmp_path))) == tmp_path
+    assert cache_root(PythonData(cache=str(tmp_path))) == tmp_path
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "x"))
-    assert module.cache_root(PythonData()) == tmp_path / "x"
+    assert cache_root(PythonData()) == tmp_path / "x"
     monkeypatch.setenv("MOESAIC_CACHE", "")
-    assert module.cache_root(PythonData()) == Path.home() / ".cache" / "moesaic"
+    assert cache_root(PythonData()) == Path.home() / ".cache" / "moesaic"
 
 
 SCRIPT = """
 import json, sys, time
-from moesaic.data import prepare
+from moesaic.data import build, prepare
 from moesaic.data.config import BpeTokenizer, TextData
 
-prepare.MIN_SHARD = 20_000
+build.MIN_SHARD = 20_000
 path, cache, workers, stop_at = sys.argv[1:]
 
 def report(*progress):

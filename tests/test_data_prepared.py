@@ -40,7 +40,8 @@ def test_summary_adds_up(prepared: Prepared) -> None:
     sizes = [len(f"document {i}\n" * (i + 1)) for i in range(100)]
     assert (summary["documents"], summary["bytes"], summary["tokens"]) == (100, sum(sizes), sum(sizes) + 100)
     assert summary["bytes_per_token"] == sum(sizes) / (sum(sizes) + 100)
-    for split, stream in (("train", prepared.train), ("eval", prepared.eval)):
+    for split, mapped in (("train", prepared.train), ("eval", prepared.eval)):
+        stream = np.asarray(mapped)
         assert summary["splits"][split]["tokens"] == len(stream)
         assert summary["splits"][split]["documents"] == (stream == 256).sum()
         assert summary["splits"][split]["domains"]["text"]["bytes"] == (stream < 256).sum()

@@ -33,6 +33,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = sorted(name.removeprefix("moesaic.") for name in PROJECT["tool"]["setuptools"]["packages"][1:])
 NUMERIC = {"torch", "triton", "numpy", "scipy", "jaxtyping"}
 ONLY_NUMERIC = {"kernels", "moe", "sparse", "models", "parallel"}
+EXTRAS = {"data": "data"}
+"""Folders with extra dependencies, which are imported where they are used."""
 IMPORT_NAMES = {
     "pyyaml": "yaml",
     "tensorboardx": "tensorboardX",
@@ -164,10 +166,26 @@ def test_third_party_imports_are_allowed(folder: str):
     if folder in ONLY_NUMERIC:
         allowed = NUMERIC
     else:
-        distributions = [re.split(r"[^\w-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]]
+        required = list(PROJECT["project"]["dependencies"])
+        if folder in EXTRAS:
+            required += PROJECT["project"]["optional-dependencies"][EXTRAS[folder]]
+        distributions = [re.split(r"[^\w-]", line)[0].lower() for line in required]
         allowed = {IMPORT_NAMES.get(name, name) for name in distributions} | NUMERIC
     found = third_party(folder_imports(folder))
     assert {module: places for module, places in found.items() if module not in allowed} == {}
+
+
+@pytest.mark.parametrize("folder", EXTRAS)
+def test_extras_are_imported_where_they_are_used(folder: str, tmp_path: Path):
+    extras = PROJECT["project"]["optional-dependencies"][EXTRAS[folder]]
+    names = [re.split(r"[^\w-]", line)[0].lower() for line in extras]
+    modules = [f"moesaic.{folder}.{path.stem}" for path in (ROOT / folder).glob("[!_]*.py")]
+    code = (
+        "import importlib, json, sys\n"
+        "for name in json.loads(sys.argv[1]):\n    importlib.import_module(name)\n"
+        "print(json.dumps([name for name in json.loads(sys.argv[2]) if name in sys.modules]))\n"
+    )
+    assert json.loads(run_python(code, tmp_path, json.dumps(modules), json.dumps(names))) == []
 
 
 def test_folder_names_are_no_top_level_modules(tmp_path: Path):

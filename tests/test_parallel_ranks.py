@@ -24,8 +24,8 @@ CONFIG = Transformer.Config(
 )
 
 
-def join(**layout: int) -> Ranks:
-    return ranks_of(ParallelConfig(**layout), "cpu")
+def join() -> Ranks:
+    return ranks_of(ParallelConfig(), "cpu")
 
 
 def test_results_come_in_order_of_rank() -> None:
@@ -85,15 +85,16 @@ def test_what_the_first_rank_refuses_all_refuse() -> None:
 
 @pytest.mark.parametrize("layout", [{}, {"dp_replicate": 2}, {"dp_replicate": 4}], ids=str)
 def test_parts_of_a_fresh_model_are_those_of_a_whole_one(layout: dict[str, int]) -> None:
+    config = ParallelConfig(dp_replicate=layout.get("dp_replicate", 1))
     want = {
         name: tensor.detach() for name, tensor in logical_tensors(Transformer(CONFIG, 13, seed=5)).items()
     }
 
     def work() -> dict[str, torch.Tensor]:
-        ranks = join(**layout)
+        ranks = ranks_of(config, "cpu")
         with torch.device("meta"):
             model = Transformer(CONFIG, 13)
-        parallelize(model, ParallelConfig(**layout), ranks)
+        parallelize(model, config, ranks)
         model.to_empty(device="cpu")
         for tensor in logical_tensors(model).values():
             local(tensor.detach()).fill_(float("nan"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic.data.config import BpeTokenizer, ByteTokenizer, TextData
+from moesaic.data.config import (
+    BpeTokenizer,
+    ByteTokenizer,
+    MixtureData,
+    Part,
+    TextCorpus,
+    TextData,
+    TokensCorpus,
+    TokensData,
+)
 from moesaic.data.prepare import prepare
 from moesaic.launch.config import run_to_yaml
 from moesaic.models.transformer import Transformer
@@ -370,3 +381,50 @@ def test_the_first_step_comes_within_ten_seconds(run: RunConfig, tmp_path: Path)
         if best < 10:
             break
     assert best < 10
+
+
+def test_a_mixture_resumes_bit_for_bit_and_is_evaluated_by_part(
+    run: RunConfig, text: Path, tmp_path: Path
+) -> None:
+    ids = [np.r_[256, np.frombuffer(path.read_bytes(), np.uint8).astype(int)] for path in text.iterdir()]
+    np.concatenate(ids).astype(np.uint16).tofile(tmp_path / "ids.bin")
+    data = MixtureData(
+        parts={
+            "lines": Part(weight=0.7, data=TextCorpus(path=str(text))),
+            "ids": Part(weight=0.3, data=TokensCorpus(path=str(tmp_path / "ids.bin"), mark=256)),
+        },
+        seq_len=32,
+        tokenizer=ByteTokenizer(),
+        eval_fraction=0.1,
+        workers=1,
+    )
+    steps = replace(run.train, steps=12)
+    whole = replace(run, data=data, train=steps, checkpoint=CheckpointConfig(every=5))
+    assert train(whole) == 0
+    stopped = replace(whole, name="stopped")
+    assert train(stopped) == 0
+    shutil.rmtree(folder_of(stopped) / "checkpoints" / "step_00000012")  # as a kill after step 5 leaves it
+    shutil.rmtree(folder_of(stopped) / "checkpoints" / "step_00000010")
+    assert train(stopped, resume=True) == 0
+    assert_equal_runs(whole, stopped)
+    last = records(whole)[-1]
+    assert last["eval/loss"] == pytest.approx(0.7 * last["eval/lines/loss"] + 0.3 * last["eval/ids/loss"])
+    assert evaluate_run(whole, folder_of(whole), step=None, tokens=512)["parts"].keys() == {"ids", "lines"}
+
+
+def test_tokens_without_a_tokenizer(run: RunConfig, tmp_path: Path) -> None:
+    ids = np.tile(np.arange(50), 200).astype(np.uint16)
+    ids.tofile(tmp_path / "ids.bin")
+    data = TokensData(
+        path=str(tmp_path / "ids.bin"), mark=0, vocab=50, seq_len=32, eval_fraction=0.1, workers=1
+    )
+    run = replace(run, data=data, train=replace(run.train, steps=6), checkpoint=CheckpointConfig(every=0))
+    with pytest.raises(ValueError, match=r"eval\.prompts: are text, and data has no tokenizer"):
+        run.check()
+    run = replace(run, eval=replace(run.eval, prompts=()))
+    assert train(run) == 0
+    assert not any("bits_per_byte" in name for record in records(run) for name in record)
+    result = evaluate_run(run, folder_of(run), step=None, tokens=None)
+    assert result["bits_per_byte"] is None
+    with pytest.raises(ValueError, match=r"data\.tokenizer: missing"):
+        generate_run(run, folder_of(run), ["a"], max_tokens=2, temperature=0, top_p=1, seed=0, step=None)

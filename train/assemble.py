@@ -75,8 +75,8 @@ class Restored:
     meta: dict[str, Any]
 
     @property
-    def token_bytes(self) -> np.ndarray:
-        """Bytes that each token stands for."""
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes that each token stands for. None where they are not known."""
         return self.tokenizer.token_bytes()
 
 

@@ -7,7 +7,7 @@ across fields are in `RunConfig.check`. Reading YAML, overriding and reporting b
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesaic.data.config import DataConfig
+from moesaic.data.config import DataConfig, MixtureData, TokensData
 from moesaic.models.transformer import Transformer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checkpoints import CheckpointConfig
@@ -129,6 +129,11 @@ class RunConfig:
         if batch % micro:
             raise ValueError(
                 f"train.micro_batch_tokens: {micro} does not divide train.batch_tokens = {batch}"
+            )
+        tokens = isinstance(self.data, TokensData | MixtureData) and self.data.tokenizer is None
+        if tokens and self.eval.prompts:
+            raise ValueError(
+                "eval.prompts: are text, and data has no tokenizer; give data.tokenizer, or no prompts"
             )
         self.parallel.check(world_size)
         if self.micro_batch_rows < world_size:

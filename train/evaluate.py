@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from moesaic.data.loader import Batch, eval_batches
+from moesaic.data.mixture import Mixture
 from moesaic.data.prepare import prepare
 from moesaic.data.prepared import Prepared
 from moesaic.models.transformer import Transformer
@@ -22,13 +23,26 @@ from moesaic.train.step import Compute
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over held-out text."""
+    """Mean loss over held-out text; of a mixture, the mean over its parts by their shares."""
 
     loss: float
     """Nats per token."""
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where it is not known what the ids stand for."""
     tokens: int
-    bytes: int
+    bytes: int | None
+    parts: "dict[str, Evaluation]" = field(default_factory=dict)
+    """Each part of a mixture."""
+
+    def measures(self) -> dict[str, float]:
+        """Loss, and bits per byte where they are known."""
+        known = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
+        return {"loss": self.loss} | known
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        facts = asdict(self)
+        return facts if self.parts else {name: facts[name] for name in facts if name != "parts"}
 
 
 @torch.no_grad()
@@ -36,7 +50,7 @@ def evaluate(
     model: Transformer,
     batches: Iterable[Batch],
     compute: Compute,
-    token_bytes: np.ndarray,
+    token_bytes: np.ndarray | None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Run the model in mode `eval` over `batches`, of which each rank takes its share of rows.
@@ -50,22 +64,69 @@ def evaluate(
         assert output.loss is not None
         nats += output.loss.item()
         tokens += batch.num_targets
-        size += target_bytes(batch, token_bytes)
+        size += target_bytes(batch, token_bytes) or 0
     if ranks.size > 1:
         nats, *counts = ranks.sum(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
         tokens, size = map(int, counts)
-    return Evaluation(nats / max(1, tokens), bits_per_byte(nats, size), tokens, size)
+    known = None if token_bytes is None else size
+    return Evaluation(nats / max(1, tokens), bits_per_byte(nats, known), tokens, known)
 
 
-def target_bytes(batch: Batch, token_bytes: np.ndarray) -> int:
-    """Bytes of text that the counted targets stand for."""
+def target_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
+    """Bytes of text that the counted targets stand for. None where that is not known."""
+    if token_bytes is None:
+        return None
     targets = batch.targets.numpy()
     return int(token_bytes[targets[targets >= 0]].sum())
 
 
-def bits_per_byte(nats: float, size: int) -> float:
-    """Summed loss as bits per byte of text: comparable across tokenizers."""
-    return nats / math.log(2) / max(1, size)
+def bits_per_byte(nats: float, size: int | None) -> float | None:
+    """Summed loss as bits per byte of text: comparable across tokenizers. None where the bytes are not known."""
+    return None if size is None else nats / math.log(2) / max(1, size)
+
+
+def evaluate_held_out(
+    model: Transformer,
+    compute: Compute,
+    run: RunConfig,
+    prepared: Prepared | Mixture,
+    *,
+    limit: int | None,
+    ranks: Ranks = ALONE,
+) -> Evaluation:
+    """Evaluate on the first `limit` tokens of the run's held-out text, or on all of it.
+
+    Of a mixture, each part is evaluated, on its share of the limit (but a sequence at least).
+    """
+    if isinstance(prepared, Prepared):
+        batches = held_out(run, prepared, limit=len(prepared.eval) if limit is None else limit)
+        return evaluate(model, batches, compute, prepared.tokenizer.token_bytes(), ranks)
+    parts = {
+        name: evaluate_held_out(
+            model,
+            compute,
+            run,
+            part,
+            limit=None if limit is None else max(run.data.seq_len, round(limit * prepared.weight(name))),
+            ranks=ranks,
+        )
+        for name, part in prepared.parts.items()
+    }
+    return mean(parts, {name: prepared.weight(name) for name in parts})
+
+
+def mean(parts: dict[str, Evaluation], weights: dict[str, float]) -> Evaluation:
+    """What a mixture of the parts would give, with these shares of its tokens."""
+    loss = sum(weights[name] * part.loss for name, part in parts.items())
+    sizes = [part.bytes for part in parts.values()]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        bits, size = None, None
+    else:
+        size = sum(known)
+        per_token = sum(weights[name] * (part.bytes or 0) / part.tokens for name, part in parts.items())
+        bits = loss / math.log(2) / max(per_token, 1e-9)
+    return Evaluation(loss, bits, sum(part.tokens for part in parts.values()), size, parts)
 
 
 def held_out(run: RunConfig, prepared: Prepared, *, limit: int) -> Iterable[Batch]:
@@ -95,6 +156,5 @@ def evaluate_run(run: RunConfig, folder: Path, *, step: int | None, tokens: int 
         raise ValueError(
             f"{folder}: data gives other held-out text now than the run had, which it may have learnt"
         )
-    batches = held_out(run, prepared, limit=len(prepared.eval) if tokens is None else tokens)
-    result = evaluate(restored.model, batches, restored.compute, restored.tokenizer.token_bytes())
-    return {"step": restored.step, **asdict(result)}
+    result = evaluate_held_out(restored.model, restored.compute, run, prepared, limit=tokens)
+    return {"step": restored.step, **result.facts()}

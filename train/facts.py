@@ -38,7 +38,8 @@ class Start:
     documents: int
     train_tokens: int
     eval_tokens: int
-    bytes_per_token: float
+    bytes_per_token: float | None
+    """None where it is not known what the ids stand for; so are bits per byte."""
     resumed_from: int | None = None
     """Step of the checkpoint that this start continues from; None: a new run."""
 
@@ -72,7 +73,7 @@ class Evaluation:
 
     step: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     seconds: float
     best: bool
     """No earlier evaluation of this run was lower."""

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from moesaic.data.loader import Batch, Loader
+from moesaic.data.loader import Batch, Batches
+from moesaic.data.mixture import Mixture
 from moesaic.data.prepared import Prepared
 from moesaic.train.assemble import Trainee
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device, peak_flops, peak_memory, precision_name
 from moesaic.train.display import Display
-from moesaic.train.evaluate import bits_per_byte, evaluate, held_out, target_bytes
+from moesaic.train.evaluate import bits_per_byte, evaluate_held_out, target_bytes
 from moesaic.train.facts import Evaluation, Progress
 from moesaic.train.health import CollapseWatch, LayerLoad, health_record, imbalance
 from moesaic.train.nonfinite import explain, save_batch
@@ -34,7 +35,7 @@ class Tally:
     seconds: float = 0.0
     """Time spent in steps, all starts together."""
     best: dict[str, float] = field(default_factory=dict)
-    """The evaluation with the lowest loss: loss, bits_per_byte, step."""
+    """The evaluation with the lowest loss: loss, bits_per_byte (where it is known), step."""
     last: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
 
@@ -46,8 +47,8 @@ class Loop:
     config: RunConfig
     folder: Path
     trainee: Trainee
-    loader: Loader
-    prepared: Prepared
+    loader: Batches
+    prepared: Prepared | Mixture
     device: Device
     flops_per_token: int
     """Of a training step."""
@@ -90,11 +91,11 @@ class Loop:
         self.checkpoints.wait()
         return "finished"
 
-    def agree(self, batch: Batch, stop: StopRequest) -> tuple[int, bool]:
-        """Bytes of text that the step's targets stand for, and whether any rank was asked to stop."""
-        mine = [target_bytes(batch, self.token_bytes), stop.signal is not None]
+    def agree(self, batch: Batch, stop: StopRequest) -> tuple[int | None, bool]:
+        """Bytes of text that the step's targets stand for (None: not known), and whether any rank was asked to stop."""
+        mine = [target_bytes(batch, self.token_bytes) or 0, stop.signal is not None]
         size, asked = self.trainee.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        return int(size), asked > 0
+        return None if self.token_bytes is None else int(size), asked > 0
 
     def step(self, batch: Batch) -> tuple[Sums, dict[str, float]]:
         """One optimizer step on a global batch."""
@@ -118,7 +119,7 @@ class Loop:
             self.profiler.step()
         return sums, metrics
 
-    def report(self, sums: Sums, metrics: dict[str, float], size: int, seconds: float) -> None:
+    def report(self, sums: Sums, metrics: dict[str, float], size: int | None, seconds: float) -> None:
         """Show the step and, where one is due, write its record. All of a record but `time/` is reproducible."""
         step = self.tally.step
         bpb = bits_per_byte(metrics["loss"] * sums.tokens, size)
@@ -145,7 +146,8 @@ class Loop:
             return
         record: dict[str, Any] = {"step": step, "tokens": step * self.config.train.batch_tokens}
         record |= {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
-        record["train/bits_per_byte"] = bpb
+        if bpb is not None:
+            record["train/bits_per_byte"] = bpb
         for layer, layer_sums in sorted(sums.layers.items()):
             for name, value in layer_sums.aux.items():
                 record[f"layer_{layer:02d}/{name}_loss"] = float(value) / sums.tokens
@@ -160,17 +162,24 @@ class Loop:
         """Measure held-out loss and remember the best. False where it is not finite."""
         config, step = self.config, self.tally.step
         started = time.perf_counter()
-        batches = held_out(config, self.prepared, limit=config.eval.tokens)
         trainee = self.trainee
-        result = evaluate(trainee.model, batches, trainee.compute, self.token_bytes, trainee.ranks)
-        self.tally.last = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "step": step}
+        result = evaluate_held_out(
+            trainee.model,
+            trainee.compute,
+            config,
+            self.prepared,
+            limit=config.eval.tokens,
+            ranks=trainee.ranks,
+        )
+        self.tally.last = result.measures() | {"step": step}
         finite = math.isfinite(result.loss)
         best = finite and (not self.tally.best or result.loss < self.tally.best["loss"])
         if best:
             self.tally.best = dict(self.tally.last)
-        self.metrics.append(
-            {"step": step, "eval/loss": result.loss, "eval/bits_per_byte": result.bits_per_byte}
-        )
+        record = {f"eval/{name}": value for name, value in result.measures().items()}
+        for part, measured in result.parts.items():
+            record |= {f"eval/{part}/{name}": value for name, value in measured.measures().items()}
+        self.metrics.append({"step": step} | record)
         shown = Evaluation(
             step=step,
             loss=result.loss,
@@ -206,6 +215,6 @@ class Loop:
         return f"failed at step {step}: {where}"
 
 
-def text_digest(prepared: Prepared) -> str:
+def text_digest(prepared: Prepared | Mixture) -> str:
     """SHA-256 of the training stream: what decides, with the loader's state, which samples come next."""
     return prepared.manifest["streams"]["train"]["sha256"]

@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from moesaic.data.loader import Loader
-from moesaic.data.prepare import prepare
+from moesaic.data.loader import Batches
+from moesaic.data.mixture import Mixture, open_loader
+from moesaic.data.prepare import prepare, vocab_of
 from moesaic.data.prepared import Prepared
-from moesaic.data.tokenizer import expected_vocab, load_tokenizer
+from moesaic.data.tokenizer import load_tokenizer
 from moesaic.kernels import native
 from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.moe.layer import MoE
@@ -58,7 +59,7 @@ def train_on(
     ranks: Ranks, run: RunConfig, text: str, *, resume: bool, profile: bool, command: Sequence[str]
 ) -> int:
     """`train`, on one of the ranks that joined. The first one owns the folder and the screen."""
-    vocab = expected_vocab(run.data.tokenizer)
+    vocab = vocab_of(run.data)
     accounting = account(run.model, vocab, seq_len=run.data.seq_len)
     parameter_groups(meta_model(run.model, vocab), run.optim)
     path = Path(run.dir) / run.name
@@ -105,11 +106,10 @@ def refuse_fewer_steps(run: RunConfig, path: Path) -> None:
         )
 
 
-def loader_of(run: RunConfig, prepared: Prepared, ranks: Ranks = ALONE) -> Loader:
+def loader_of(run: RunConfig, prepared: Prepared | Mixture, ranks: Ranks = ALONE) -> Batches:
     """This rank's batches of the run's training text."""
-    return Loader(
-        prepared.train,
-        mark=prepared.tokenizer.mark,
+    return open_loader(
+        prepared,
         seq_len=run.data.seq_len,
         sequences=run.train.batch_tokens // run.data.seq_len,
         seed=run.seed,
@@ -125,8 +125,8 @@ def work(
     folder: RunDir,
     display: Display,
     accounting: Accounting,
-    prepared: Prepared,
-    loader: Loader,
+    prepared: Prepared | Mixture,
+    loader: Batches,
     *,
     profile: bool,
     command: Sequence[str],
@@ -197,7 +197,7 @@ def begun_with(checkpoints: Checkpoints) -> str | None:
     return None
 
 
-def keep_data_facts(folder: Path, prepared: Prepared) -> None:
+def keep_data_facts(folder: Path, prepared: Prepared | Mixture) -> None:
     """Store tokenizer and file list with the run, or compare with what it was begun with.
 
     Raises ValueError where the tokenizer is another one: the model's tokens would mean something else.
@@ -219,7 +219,7 @@ def keep_data_facts(folder: Path, prepared: Prepared) -> None:
 
 
 def restore(
-    trainee: Trainee, loader: Loader, prepared: Prepared, checkpoints: Checkpoints, folder: Path
+    trainee: Trainee, loader: Batches, prepared: Prepared | Mixture, checkpoints: Checkpoints, folder: Path
 ) -> Tally:
     """Continue from the newest whole checkpoint; from step 0 where there is none."""
     meta = checkpoints.restore(trainee.tensors())
@@ -237,7 +237,7 @@ def restore(
 
 
 def write_samples(
-    run: RunConfig, folder: RunDir, trainee: Trainee, prepared: Prepared, tally: Tally
+    run: RunConfig, folder: RunDir, trainee: Trainee, prepared: Prepared | Mixture, tally: Tally
 ) -> list[Sample]:
     """Let the trained model continue the prompts."""
     samples = [
@@ -280,7 +280,7 @@ def draw_report(folder: RunDir, accounting: Accounting, display: Display) -> Pat
 def start_of(
     run: RunConfig,
     accounting: Accounting,
-    prepared: Prepared,
+    prepared: Prepared | Mixture,
     device: Device,
     ranks: Ranks,
     folder: Path,
@@ -316,8 +316,8 @@ def start_of(
         layout=", ".join(layout),
         corpus=run.data.kind,
         documents=summary["documents"],
-        train_tokens=len(prepared.train),
-        eval_tokens=len(prepared.eval),
+        train_tokens=summary["splits"]["train"]["tokens"],
+        eval_tokens=summary["splits"]["eval"]["tokens"],
         bytes_per_token=summary["bytes_per_token"],
         resumed_from=resumed_from,
     )

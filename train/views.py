@@ -60,8 +60,9 @@ def start_view(start: Start) -> RenderableType:
         (
             "corpus",
             _line(
-                f"{start.corpus}: {start.documents:,} documents, {count(start.train_tokens)} tokens of "
-                f"{start.bytes_per_token:.2f} bytes\n",
+                f"{start.corpus}: {start.documents:,} documents, {count(start.train_tokens)} tokens",
+                "" if start.bytes_per_token is None else f" of {start.bytes_per_token:.2f} bytes",
+                "\n",
                 ("*", epochs),
                 f"; {count(start.eval_tokens)} tokens held out",
             ),
@@ -122,9 +123,8 @@ def evaluation_view(evaluation: Evaluation) -> Text:
     line = _line(
         f"step {evaluation.step:,}: held-out loss ",
         ("*", f"{evaluation.loss:.4f}"),
-        " nats, ",
-        ("*", f"{evaluation.bits_per_byte:.4f}"),
-        " bits/byte",
+        " nats",
+        *_bits(evaluation.bits_per_byte),
     )
     if evaluation.best:
         line.append("  best", style="green")
@@ -163,12 +163,12 @@ def health_view(loads: Sequence[LayerLoad], *, rows: int = 12) -> RenderableType
 def closing_view(closing: Closing) -> RenderableType:
     """The block at the end of a run: result, cost, places, samples."""
     rows: list[tuple[str, RenderableType]] = []
-    if closing.best_loss is not None and closing.best_bits_per_byte is not None:
+    if closing.best_loss is not None:
         best = _line(
             ("*", f"{closing.best_loss:.4f}"),
-            " nats, ",
-            ("*", f"{closing.best_bits_per_byte:.4f}"),
-            f" bits/byte at step {closing.best_step:,}",
+            " nats",
+            *_bits(closing.best_bits_per_byte),
+            f" at step {closing.best_step:,}",
         )
         if closing.final_loss is not None and closing.final_loss > closing.best_loss:
             best.append(f"; {closing.final_loss:.4f} nats at the end")
@@ -188,6 +188,11 @@ def closing_view(closing: Closing) -> RenderableType:
         rows.append(("peak memory", _line(size(closing.peak_memory))))
     rows += [(name, _line(path)) for name, path in closing.paths.items()]
     return Group(_block(closing.outcome, rows), *(_sample(sample) for sample in closing.samples))
+
+
+def _bits(bits_per_byte: float | None) -> tuple[str | tuple[str, str], ...]:
+    """What follows a loss in nats, where it is known."""
+    return () if bits_per_byte is None else (", ", ("*", f"{bits_per_byte:.4f}"), " bits/byte")
 
 
 def _line(*parts: str | tuple[str, str]) -> Text:
