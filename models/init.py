@@ -24,6 +24,8 @@ def initialize(model: nn.Module, *, layers: int, std: float | None, seed: int) -
     names = {id(tensor): name for name, tensor in logical_tensors(model).items()}
     for module in model.modules():
         for attribute, tensor in module.named_parameters(recurse=False):
+            if tensor.is_meta:  # shapes only, however many experts
+                continue
             if isinstance(module, RMSNorm):
                 tensor.fill_(1)
                 continue
@@ -42,8 +44,6 @@ def initialize(model: nn.Module, *, layers: int, std: float | None, seed: int) -
 
 def fill_normal(tensor: Tensor, std: float, label: str) -> None:
     """Normal values that depend on the label only. Drawn on the CPU, so that every device starts alike."""
-    if tensor.is_meta:
-        return
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
     values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
     tensor.copy_(values.mul_(std))
