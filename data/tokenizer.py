@@ -175,7 +175,7 @@ def read_tokenizer(path: Path) -> Bpe:
     """The tokenizer of a `tokenizer.json`, the mark appended where it has none. DataError names the file."""
     try:
         content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # no file, no text, the home of nobody
         raise DataError(f"data.tokenizer.path: {path}: cannot be read ({error})") from error
     try:
         return Bpe(content, name=f"file:{path.name}")
