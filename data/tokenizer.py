@@ -208,7 +208,7 @@ def read_tokenizer(path: Path, *, mark: str | None = None, vocab: int | None = N
     """
     try:
         content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # no file, no text, the home of nobody
         raise DataError(f"data.tokenizer.path: {path}: cannot be read ({error})") from error
     try:
         return Bpe(content, name=f"file:{path.name}", vocab=vocab, mark=mark or MARK)

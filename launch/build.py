@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moesaic.launch.layers import suggestion
-from moesaic.launch.yaml_text import ConfigError, describe
+from moesaic.launch.yaml_text import ConfigError, describe, quoted
 
 Config = TypeVar("Config")
 
@@ -133,7 +133,8 @@ def _dataclass(cls: type, value: Mapping[str, Any], path: str) -> Any:
     except ValueError as error:
         # A dataclass says `field: problem`, where field may go deeper; anything else is about the dataclass itself.
         named = str(error).partition(":")[0].partition(".")[0] in fields
-        raise ConfigError(_join(path, str(error)) if named or not path else f"{path}: {error}") from None
+        separator = "." if named else ": "
+        raise ConfigError(f"{path}{separator}{error}" if path else str(error)) from None
 
 
 def _tuple(inner: tuple[Any, ...], value: Sequence[Any], path: str) -> tuple[Any, ...]:
@@ -152,7 +153,7 @@ def _leaf(hint: Any, value: Any, path: str) -> Any:
         each for each in members(hint) if not is_config(each) and get_origin(each) not in (tuple, dict)
     )
     if isinstance(value, str) and any(
-        "\ud800" <= char <= "\udfff" for char in value
+        "\ud800" <= char <= "\udfff" or char == "\0" for char in value
     ):  # bytes of a shell, not UTF-8
         raise ConfigError(f"{path}: {value!a} is not valid Unicode text")
     reason = ""
@@ -206,4 +207,4 @@ def _remedy(hint: Any, value: Any) -> str:
 
 
 def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
+    return f"{path}.{quoted(name)}" if path else quoted(name)

@@ -156,6 +156,54 @@ def evaluate(
 
 
 @app.command(
+    name="lm-eval",
+    epilog=_examples(
+        "moesaic lm-eval runs/moe_1b --tasks hellaswag,arc_easy",
+        "moesaic lm-eval quickstart --tasks mine --include-path tasks --json",
+    ),
+)
+def lm_eval(
+    run: RunArgument,
+    tasks: Annotated[str, typer.Option(show_default=False, help="Names of tasks, with commas between.")],
+    include_path: Annotated[
+        Path | None, typer.Option(show_default=False, help="Folder with tasks of your own, as YAML.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, show_default="all", help="Documents of each task.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, show_default="the task's own", help="Examples before each question.")
+    ] = None,
+    step: Step = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tasks of the Language Model Evaluation Harness.
+
+    Needs the extra `eval`: pip install 'moesaic[eval]'. Most tasks download their data.
+    """
+    folder, config = _read_back(run)
+    try:
+        from moesaic.train.lm_eval import evaluate_tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ValueError(
+            "lm-eval is not installed; it comes with the extra `eval`: pip install 'moesaic[eval]'"
+        ) from None
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    result = evaluate_tasks(
+        config, folder, names, include_path=include_path, limit=limit, shots=shots, step=step
+    )
+    if as_json:
+        _print_json(result)
+        return
+    from moesaic.launch.reports import tasks_view
+
+    _print(tasks_view(f"{folder.name}, step {result['step']}", result["tasks"]))
+
+
+@app.command(
     epilog=_examples(
         "moesaic generate runs/quickstart --prompt 'def main():'",
         "moesaic generate quickstart --prompt 'import os' --prompt 'class A:' --json",

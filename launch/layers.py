@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import moesaic.configs
-from moesaic.launch.yaml_text import ConfigError, parse_value, read_mapping
+from moesaic.launch.yaml_text import ConfigError, describe, parse_value, quoted, read_mapping
 
+DEEPEST = 50
+"""Names of an override, and files that extend each other."""
 SHIPPED = Path(moesaic.configs.__file__).parent
 
 
@@ -21,8 +23,14 @@ def shipped_names() -> list[str]:
 
 def find_config(path_or_name: str, *, beside: Path | None = None) -> Path:
     """The file a config is in: a path (relative to `beside`, if given), else the name of a shipped config."""
-    path = (beside or Path()) / Path(path_or_name).expanduser()
-    if path.is_file():
+    if "\0" in path_or_name or len(path_or_name.encode(errors="replace")) > 4000:
+        raise ConfigError(f"{quoted(path_or_name)}: cannot be the name of a file")
+    try:
+        path = (beside or Path()) / Path(path_or_name).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a part that is too long; the home of nobody
+        raise ConfigError(f"{quoted(path_or_name)}: {getattr(error, 'strerror', None) or error}") from None
+    if is_file:
         return path
     if path.is_dir() and (path / "config.yaml").is_file():
         raise ConfigError(f"{path_or_name}: is a run's folder; its config is {path / 'config.yaml'}")
@@ -50,8 +58,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"{text!r}: not an override; write a.b=value, such as train.steps=100")
+        if not equals or not all(parts) or len(parts) > DEEPEST:
+            raise ConfigError(f"{describe(text)}: not an override; write a.b=value, such as train.steps=100")
         inner = parse_value(value, f"{key}={value}")
         for part in reversed(parts):
             inner = {part: inner}
@@ -64,8 +72,10 @@ def merge(below: Any, above: Any, path: str) -> Any:
     if isinstance(below, list) and _indices(above):
         items = list(below)
         for key, value in above.items():
-            if int(key) >= len(items):
-                raise ConfigError(f"{path}.{key}: no such item; the list has {len(items)}, counted from 0")
+            if len(key) > 9 or int(key) >= len(items):
+                raise ConfigError(
+                    f"{path}.{quoted(key)}: no such item; the list has {len(items)}, counted from 0"
+                )
             items[int(key)] = merge(items[int(key)], value, f"{path}.{key}")
         return items
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
@@ -100,6 +110,8 @@ def _indices(value: Any) -> bool:
 
 def _read_file(path: Path, children: list[Path]) -> dict[str, Any]:
     path = path.resolve()
+    if len(children) > DEEPEST:
+        raise ConfigError(f"extends: more than {DEEPEST} files, each extending the next")
     if path in children:
         circle = " -> ".join(str(each) for each in [*children[children.index(path) :], path])
         raise ConfigError(f"extends: goes in a circle: {circle}")

@@ -115,6 +115,15 @@ def facts_view(title: str, facts: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def tasks_view(title: str, tasks: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    """Metrics by task, one a line."""
+    table = _table(title)
+    for task, found in tasks.items():
+        for i, (name, value) in enumerate(found.items()):
+            table.add_row("" if i else visible(task), Text(visible(name)), Text(_number(value)))
+    return table
+
+
 def _table(title: str | None) -> Table:
     heading = None if title is None else Text(visible(title), style="bold cyan")
     table = Table.grid(padding=(0, 2))

@@ -3,6 +3,7 @@
 Knows nothing of runs: it turns text into plain mappings, lists and scalars, and back.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import yaml
 class ConfigError(ValueError):
     """A config or an override that cannot be used. Names the file or field, the value and the remedy."""
 
+
+WORD = 1 << 63
+"""Whole numbers are below it."""
 
 # YAML 1.2's core schema. PyYAML follows 1.1, where `1e-3` is a string, `no` is false, `1:30` is 90 and `010` is 8.
 _SCALARS = [
@@ -29,7 +33,11 @@ _SCALARS = [
 
 
 class _Loader(yaml.SafeLoader):
+    yaml_constructors = {}  # noqa: RUF012  (likewise: dates and sets have no place here)
     yaml_implicit_resolvers = {}  # noqa: RUF012  (the parent's attribute, replaced so that its YAML 1.1 rules are gone)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # deep: a node that contains itself is an error here
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first: dict[str, int] = {}
@@ -50,13 +58,40 @@ class _Loader(yaml.SafeLoader):
                     key.start_mark,
                 )
             first[key.value] = line
-        return super().construct_mapping(
-            node, deep=True
-        )  # deep: a node that contains itself is an error here
+        return super().construct_mapping(node, deep=deep)
 
     def construct_core_int(self, node: yaml.ScalarNode) -> int:
+        self._expect(node)
         text = self.construct_scalar(node).lower()
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)) if len(text) < 99 else WORD
+        if not -WORD <= number < WORD:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_short(text)} does not fit in 64 bits", node.start_mark
+            )
+        return number
+
+    def construct_core_float(self, node: yaml.ScalarNode) -> float:
+        self._expect(node)
+        return super().construct_yaml_float(node)
+
+    def construct_core_bool(self, node: yaml.ScalarNode) -> bool:
+        self._expect(node)
+        return super().construct_yaml_bool(node)
+
+    def _expect(self, node: yaml.ScalarNode) -> None:
+        """A tag that is written out, as in `!!int x`, promises what the text may not be."""
+        if not _RULES[node.tag].match(node.value):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_short(repr(node.value))} is no {kind}", node.start_mark
+            )
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(
+            node
+        )  # a key merged twice is there twice, and doubles with every level of merging
+        names = [key.value if isinstance(key, yaml.ScalarNode) else id(key) for key, _ in node.value]
+        node.value = list(dict(zip(names, node.value, strict=True)).values())
 
 
 class _Dumper(yaml.SafeDumper):
@@ -68,13 +103,24 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-for _tag, _pattern, _starts in _SCALARS:
-    _rule = re.compile(f"^(?:{_pattern})$")
+_RULES = {tag: re.compile(f"^(?:{pattern})$") for tag, pattern, _ in _SCALARS}
+for _tag, _, _starts in _SCALARS:
+    _rule = _RULES[_tag]
     _Loader.add_implicit_resolver(_tag, _rule, list(_starts))
     _Dumper.add_implicit_resolver(
         _tag, _rule, list(_starts)
     )  # beside YAML 1.1's: quote what either would misread
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_core_int)
+for _tag, _construct in {
+    "null": _Loader.construct_yaml_null,
+    "bool": _Loader.construct_core_bool,
+    "int": _Loader.construct_core_int,
+    "float": _Loader.construct_core_float,
+    "str": _Loader.construct_yaml_str,
+    "seq": _Loader.construct_yaml_seq,
+    "map": _Loader.construct_yaml_map,
+}.items():
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct)
+_Loader.add_constructor(None, _Loader.construct_undefined)  # pyright: ignore[reportArgumentType]
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
@@ -109,14 +155,34 @@ def describe(value: object) -> str:
     if value is None:
         return "nothing (null)"
     if isinstance(value, dict):
-        return "a mapping with " + ", ".join(map(str, value)) if value else "an empty mapping"
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    if len(text) > 80:
-        text = text[:77] + "..."
+        return "a mapping with " + _short(", ".join(map(quoted, value))) if value else "an empty mapping"
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else _short(repr(_pruned(value)))
     return f"the list {text}" if isinstance(value, list) else text
 
 
+def quoted(text: object) -> str:
+    """A key or a file as it is; in quotes where it has characters that would break a message into lines."""
+    plain = str(text)
+    return _short(plain if plain.isprintable() else ascii(plain))
+
+
+def _pruned(value: Any, depth: int = 4) -> Any:
+    """The beginning of a value: with aliases of lists of aliases, writing it out in full could take for ever."""
+    if not isinstance(value, dict | list):
+        return value[:99] if isinstance(value, str) else value
+    if not depth:
+        return ...
+    if isinstance(value, list):
+        return [_pruned(inner, depth - 1) for inner in value[:9]]
+    return {key[:99]: _pruned(inner, depth - 1) for key, inner in itertools.islice(value.items(), 9)}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _load(text: str, where: str, *, lines: bool = True) -> Any:
+    where = where if lines else quoted(where)
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds nothing but plain values
     except yaml.reader.ReaderError as error:

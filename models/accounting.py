@@ -3,9 +3,13 @@
 Dims: S sequence length.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moesaic.models.transformer import Transformer
 from moesaic.moe.experts import input_matrices
@@ -42,8 +46,23 @@ class Accounting:
 
 def meta_model(config: Transformer.Config, vocab: int) -> Transformer:
     """The model with shapes only: nothing is allocated."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return Transformer(config, vocab)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves initial values out: drawing none for a tensor without memory takes longer than all else together."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is nn.init.normal_:
+            return args[0] if args else None
+        return func(*args, **(kwargs or {}))
 
 
 def account(config: Transformer.Config, vocab: int, *, seq_len: int) -> Accounting:

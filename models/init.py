@@ -36,6 +36,8 @@ def initialize(
     names = {id(tensor): name for name, tensor in logical_tensors(model).items()}
     for module in model.modules():
         for attribute, tensor in module.named_parameters(recurse=False):
+            if tensor.is_meta:  # shapes only, however many experts
+                continue
             if isinstance(module, RMSNorm):
                 tensor.fill_(1)
                 continue
@@ -58,7 +60,7 @@ def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, first
 
     Drawn on the CPU, so that every device starts alike.
     """
-    if tensor.is_meta or not tensor.numel():
+    if not tensor.numel():
         return
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

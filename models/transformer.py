@@ -24,6 +24,7 @@ from moesaic.moe.experts import Bank
 from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Mode, RouterInput
+from moesaic.moe.sizes import LARGEST_WIDTH, MOST_LAYERS, check_size
 
 FfnConfig = FeedForward.Config | MoE.Config
 
@@ -85,10 +86,11 @@ class Transformer(nn.Module):
         sqrt(2 * layers) besides (GPT-2)."""
 
         def __post_init__(self) -> None:
-            for name in ("dim", "layers", "heads", "kv_heads", "head_dim"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"{name}: {value} is not positive")
+            check_size("dim", self.dim, LARGEST_WIDTH)
+            check_size("layers", self.layers, MOST_LAYERS)
+            check_size("heads", self.heads, LARGEST_WIDTH)
+            check_size("kv_heads", self.kv_heads, LARGEST_WIDTH)
+            check_size("head_dim", self.head_dim, LARGEST_WIDTH // self.heads)
             for name in ("norm_eps", "rope_theta", "init_std"):
                 value = getattr(self, name)
                 if value is not None and value <= 0:
@@ -129,9 +131,9 @@ class Transformer(nn.Module):
             """The feed-forward of each layer. Raises ValueError for a range that is none or does not fit."""
             chosen = [self.ffn] * self.layers
             for span, ffn in self.ffn_at.items():
-                first, _, last = span.partition("-")
-                numbers = (first, last or first)
-                if not all(part.isdecimal() for part in numbers):
+                first, dash, last = span.partition("-")
+                numbers = (first, last if dash else first)
+                if not all(part.isascii() and part.isdecimal() and len(part) <= 9 for part in numbers):
                     raise ValueError(f"ffn_at: {span!r} is not a layer or a range of layers such as '0-2'")
                 low, high = map(int, numbers)
                 if not low <= high < self.layers:

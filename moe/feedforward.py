@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moesaic.moe.experts import ExpertKind, activate, input_matrices
+from moesaic.moe.sizes import LARGEST_WIDTH, check_size
 
 
 class FeedForward(nn.Module):
@@ -28,8 +29,7 @@ class FeedForward(nn.Module):
         """Non-linearity."""
 
         def __post_init__(self) -> None:
-            if self.hidden < 1:
-                raise ValueError(f"hidden: {self.hidden} is not positive")
+            check_size("hidden", self.hidden, LARGEST_WIDTH)
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()

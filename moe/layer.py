@@ -14,6 +14,7 @@ from moesaic.moe.dispatch import Dispatcher, Local, combine
 from moesaic.moe.experts import Bank, ExpertKind, Experts
 from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.routing import RouterInput, Routing, make_plan
+from moesaic.moe.sizes import LARGEST_WIDTH, MOST_EXPERTS, check_size
 from moesaic.moe.topk import TopKRouter
 
 
@@ -46,11 +47,12 @@ class MoE(nn.Module):
         """Name of the bank that holds the experts; layers that name the same one share its weights. None: one's own."""
 
         def __post_init__(self) -> None:
-            for name in ("num_experts", "hidden"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+            check_size("num_experts", self.num_experts, MOST_EXPERTS)
+            check_size("hidden", self.hidden, LARGEST_WIDTH)
             if self.shared_experts < 0:
                 raise ValueError(f"shared_experts: {self.shared_experts} is negative")
+            if self.shared_experts:
+                check_size("shared_experts", self.shared_experts, LARGEST_WIDTH // self.hidden)
             if self.bank is not None and (not self.bank or "." in self.bank):
                 raise ValueError(f"bank: {self.bank!r} must be a name without dots")
             self.router.check(self.num_experts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moesaic.kernels.combine import accumulation_dtype
 from moesaic.moe.noise import key, uniform
 from moesaic.moe.routing import RouterInput, Routing
+from moesaic.moe.sizes import MOST_CHOSEN, check_size
 
 
 class TopKRouter(nn.Module):
@@ -48,8 +49,7 @@ class TopKRouter(nn.Module):
         """Step of the selection bias that balances load without a loss (arXiv:2408.15664). 0: no balancing."""
 
         def __post_init__(self) -> None:
-            if self.k < 1:
-                raise ValueError(f"k: {self.k} is not positive")
+            check_size("k", self.k, MOST_CHOSEN)
             if self.k == 1 and self.normalize == "after":
                 raise ValueError(
                     "normalize: 'after' with k = 1 gives weight 1 and the router no gradient; use 'before'"

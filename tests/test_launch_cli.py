@@ -77,6 +77,10 @@ def replace(monkeypatch: pytest.MonkeyPatch, target: str, result: object) -> lis
             ["generate"],
             ["--prompt", "--max-tokens", "--temperature", "--top-p", "--seed", "  moesaic generate"],
         ),
+        (
+            ["lm-eval"],
+            ["--tasks", "--include-path", "--limit", "--json", "  moesaic lm-eval quickstart --tasks"],
+        ),
         (["inspect"], ["--json", "  moesaic inspect quickstart\n"]),
         (["report"], ["--out", "report.html", "  moesaic report runs/quickstart\n"]),
         (["data"], ["prepare ", "stats "]),

@@ -73,6 +73,15 @@ def test_the_resolved_config_holds_every_default_and_reads_back(small: Path, tmp
         ("parallel.tp=2", "parallel.tp: 2 is not supported yet; use 1"),
         ("data.kind=web", "data.kind: no such kind 'web'; kinds: python, text, jsonl"),
         ("name=a/b", "name: 'a/b' cannot name a folder"),
+        (f"name={'x' * 201}", "name: 201 bytes are too long to name a folder"),
+        ("model.layers=1000000000", "model.layers: 1000000000 is above 1000, the largest that is supported"),
+        (
+            "model.ffn.num_experts=2000000",
+            "model.ffn.num_experts: 2000000 is above 1048576, the largest that is supported",
+        ),
+        ('model.ffn_at={"0-": null}', "model.ffn_at.0-: expected keys and values, got nothing (null)"),
+        ("train.threads=5000", "train.threads: 5000 is above 4096, the largest that is supported"),
+        ('data.path="a\\0b"', "data.path: 'a\\x00b' is not valid Unicode text"),
         (
             "version=2",
             "version: 2 is not the format that this moesaic reads; "

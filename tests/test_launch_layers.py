@@ -126,6 +126,20 @@ def test_finding_a_config(shipped: Path):
         find_config("runs/x")
 
 
+@pytest.mark.parametrize("name", ["~nobody-at-all/x", "x" * 300, "a\0b", "\ud800"])
+def test_what_cannot_be_a_file(shipped: Path, name: str):
+    with pytest.raises(ConfigError):
+        find_config(name)
+
+
+def test_keys_that_would_break_a_line_are_quoted(shipped: Path):
+    with pytest.raises(ConfigError) as raised:
+        read_overrides(["a\nb=[1"])
+    assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="not an override"):
+        read_overrides(["a." * 60 + "b=1"])
+
+
 def test_the_package_ships_the_configs_of_the_readme():
     assert {"debug", "quickstart"} <= set(shipped_names())
 

@@ -3,7 +3,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from moesaic.launch.reports import facts_view, inspect_view, stats_view
+from moesaic.launch.reports import facts_view, inspect_view, stats_view, tasks_view
 
 
 def lines(view: RenderableType, width: int = 80) -> list[str]:
@@ -97,6 +97,13 @@ def test_stats_name_what_was_skipped():
     assert "skipped 2 files: a.py (not UTF-8), b.py (null bytes)" in lines(
         stats_view(STATS | {"skipped": skipped})
     )
+
+
+def test_tasks():
+    found = lines(
+        tasks_view("run, step 3", {"my_task": {"acc": 0.5, "acc_stderr": 0.25}, "other": {"f1": 1}})
+    )
+    assert found == ["run, step 3", "my_task acc 0.5000", "acc_stderr 0.2500", "other f1 1"]
 
 
 def test_facts():

@@ -67,6 +67,12 @@ def test_anchors_and_merge_keys(tmp_path: Path):
         ("a: !!python/object/apply:os.getcwd []\n", ":1:4", "could not determine a constructor"),
         ("a: 1\n---\nb: 2\n", ":2:1", "expected a single document"),
         ("a: &x {b: *x}\n", ":1:4", "recursive"),
+        ("a: &x [*x]\n", ":1:4", "recursive"),
+        ("a: !!int 0.5\n", ":1:4", "'0.5' is no int"),
+        ("a: !!bool x\n", ":1:4", "'x' is no bool"),
+        ("a: !!timestamp x\n", ":1:4", "could not determine a constructor"),
+        ("a: 9223372036854775808\n", ":1:4", "9223372036854775808 does not fit in 64 bits"),
+        (f"a: {'9' * 5000}\n", ":1:4", "... does not fit in 64 bits"),
         ("a: *missing\n", ":1:4", "found undefined alias"),
         ("a: \x07\n", "", "is not allowed in YAML"),
         ("", "", "the file is empty"),
@@ -102,7 +108,7 @@ def test_values_of_the_command_line_have_no_lines():
 
 TREE = {
     "floats": [1e-3, 1e-30, 1.0, 123456789.125, 1e300, -2.5e-7],
-    "ints": [0, -1, 2**70],
+    "ints": [0, -1, 2**62],
     "texts": [
         "1e-3",
         "1e5",
@@ -136,6 +142,20 @@ TREE = {
     "empty": [{}, [], None, True, False],
     "1e5": "a key that looks like a number",
 }
+
+
+def test_aliases_of_aliases_stay_small(tmp_path: Path):
+    lists = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9) if i else 1}]" for i in range(30)]
+    merged = [f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}], x{i}: 1}}" for i in range(1, 30)]
+    text = "\n".join([*lists, "m0: &m0 {x0: 1}", *merged])
+    found = read_mapping(write(tmp_path, text))
+    assert describe(found["l29"]).startswith("the list [[[[Ellipsis, Ellipsis")
+    assert len(found["m29"]) == 30
+
+
+def test_an_override_that_holds_itself_is_refused():
+    with pytest.raises(ConfigError, match="recursive"):
+        parse_value("&a [*a]", "x=&a [*a]")
 
 
 def test_dump_reads_back(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_an_aux_term_counted_twice_under_recomputation_is_caught(monkeypatch: py
 
     monkeypatch.setattr(Block, "forward", twice)
     found = failed(run_audit())
-    assert found["aux balance"] == pytest.approx(2.0)
+    assert found["aux balance"] == pytest.approx(2.0, rel=1e-3)
     assert "grad ffn.router.gate" in found
     assert failed(run_audit("parallel.recompute=none")) == {}
 

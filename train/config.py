@@ -7,13 +7,16 @@ across fields are in `RunConfig.check`. Reading YAML, overriding and reporting b
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesaic.data.config import DataConfig, MixtureData, TokensData
+from moesaic.data.config import BpeTokenizer, DataConfig, MixtureData, TokensData
 from moesaic.models.transformer import Transformer
+from moesaic.moe.sizes import check_size
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checkpoints import CheckpointConfig
 from moesaic.train.optim import AdamWConfig
 
 FORMAT_VERSION = 1
+LONGEST = 1 << 24
+"""Tokens of a sequence, and of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class TrainConfig:
     """CPU threads of one rank. None: the machine's cores, divided among its ranks."""
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "batch_tokens", "micro_batch_tokens", "threads")
+        positive(self, "steps", "batch_tokens", "micro_batch_tokens")
+        check_size("threads", self.threads, 4096)
 
     @property
     def micro_batches(self) -> int:
@@ -58,7 +62,8 @@ class EvalConfig:
     """Sample from the smallest set of tokens with this much probability."""
 
     def __post_init__(self) -> None:
-        positive(self, "tokens", "sample_tokens")
+        positive(self, "tokens")
+        check_size("sample_tokens", self.sample_tokens, LONGEST)
         if self.every < 0:
             raise ValueError(f"every: {self.every} is negative; give a number of steps, or 0")
         if self.temperature < 0:
@@ -104,6 +109,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name.isprintable() or self.name in ("", ".", "..") or set(self.name) & set("/\\"):
             raise ValueError(f"name: {self.name!r} cannot name a folder")
+        if len(self.name.encode()) > 200:  # of the 255 that file systems allow
+            raise ValueError(f"name: {len(self.name.encode())} bytes are too long to name a folder")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed: {self.seed} is not in 0 to 2^63 - 1")
 
@@ -120,6 +127,10 @@ class RunConfig:
         world_size = self.parallel.ranks if world_size is None else world_size
         seq_len, batch = self.data.seq_len, self.train.batch_tokens
         micro = self.train.micro_batch_tokens or batch
+        check_size("data.seq_len", seq_len, LONGEST)
+        check_size("data.workers", self.data.workers, 4096)
+        if isinstance(self.data.tokenizer, BpeTokenizer):
+            check_size("data.tokenizer.vocab", self.data.tokenizer.vocab, 1 << 31)  # ids are kept in 32 bits
         if batch % seq_len:
             raise ValueError(f"train.batch_tokens: {batch} is not a multiple of data.seq_len = {seq_len}")
         if micro % seq_len:
