@@ -326,7 +326,7 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that a config's layout computes the gradients of one process.
+    """Prove a layout exact against one process.
 
     A shrunken model takes two steps on this machine's CPU in float64, with the config's layout, accumulation and
     recomputation, on uneven documents and padding. Exit code 1 where losses, gradients, norm, or weights and router

@@ -19,13 +19,13 @@ SUBLAYER_OUTPUTS = ("out", "w2")
 """Matrices that write to the residual stream."""
 
 
-Window = Callable[[Tensor], tuple[Tensor, int]]
-"""The part of a tensor that lies here, sharing its memory, and the number of its first row in the whole."""
+Window = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+"""The part of a tensor that lies here, sharing its memory, and where it begins in every dim of the whole."""
 
 
-def whole(tensor: Tensor) -> tuple[Tensor, int]:
+def whole(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The window of a tensor that lies on one rank."""
-    return tensor, 0
+    return tensor, (0,) * tensor.ndim
 
 
 @torch.no_grad()
@@ -45,18 +45,18 @@ def initialize(
             if attribute in SUBLAYER_OUTPUTS:
                 spread /= (2 * layers) ** 0.5
             name = names[id(tensor)]
-            here, first = window(tensor)
+            here, offsets = window(tensor)
             if isinstance(module, Bank):
-                for number, expert in enumerate(here, first):
-                    fill_normal(expert, spread, f"{seed}/{name}/{number}", expert.shape, 0)
+                for number, expert in enumerate(here, offsets[0]):
+                    fill_normal(expert, spread, f"{seed}/{name}/{number}", tensor.shape[1:], offsets[1:])
             else:
-                fill_normal(here, spread, f"{seed}/{name}", tensor.shape, first)
+                fill_normal(here, spread, f"{seed}/{name}", tensor.shape, offsets)
         if isinstance(module, TopKRouter):
             module.bias.zero_()
 
 
-def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, first: int) -> None:
-    """Rows from `first` on of normal values of `shape` that depend on the label only.
+def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, offsets: tuple[int, ...]) -> None:
+    """The part at `offsets` of normal values of `shape` that depend on the label only.
 
     Drawn on the CPU, so that every device starts alike.
     """
@@ -64,4 +64,5 @@ def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, first
         return
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    tensor.copy_(values[first : first + tensor.shape[0]].mul_(std))
+    box = tuple(slice(start, start + size) for start, size in zip(offsets, tensor.shape, strict=True))
+    tensor.copy_(values[box].mul_(std))

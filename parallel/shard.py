@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism of a transformer (FSDP2): matrices are sharded by rows, small tensors are replicated.
+"""Fully sharded data parallelism of a transformer (FSDP2): matrices are sharded, small tensors are replicated.
 
 Vectors and routers stay whole on every rank: they compute in fp32 while the matrices of the same block travel in the
 compute type, and one sum over all ranks at the end of a step is cheaper than gathering them in every block. Every
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moesaic.moe.topk import TopKRouter
@@ -25,11 +25,17 @@ def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: tor
     the model itself.
     """
     assert ranks.mesh is not None
-    whole = set(replicated_parameters(model))
+    whole, shards = set(replicated_parameters(model)), ranks.mesh["dp_shard"].size()
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for module in (*units, model):
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(
+            module,
+            mesh=ranks.mesh,
+            mp_policy=policy,
+            ignored_params=whole,
+            shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, shards)),
+        )
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -72,12 +78,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """Where this rank's part begins in the first dim."""
+def shard_dim(shape: torch.Size, shards: int) -> int:
+    """The dim that is cut: the first that divides evenly, so that two gate matrices do not end up on two ranks."""
+    return next((dim for dim, size in enumerate(shape) if size % shards == 0), 0)
+
+
+def window(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a tensor, sharing its memory, and where it begins in every dim."""
     if not isinstance(tensor, DTensor):
-        return 0
+        return tensor, (0,) * tensor.ndim
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offsets[0]
+    return tensor.to_local(), tuple(offsets)
 
 
 @torch.no_grad()

@@ -185,7 +185,8 @@ def test_train_gets_the_run_and_gives_the_exit_code(folder: Path, monkeypatch: p
 
 def test_the_number_of_processes_comes_from_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert run("train", "small.yaml", code=2).stderr.startswith("error: 4 processes were started")
+    shown = run("train", "small.yaml", "parallel.dp_shard=2", code=2).stderr
+    assert shown.startswith("error: parallel.dp_replicate: 1 x dp_shard 2 asks for 2 processes, but 4 run")
 
 
 @pytest.mark.parametrize(

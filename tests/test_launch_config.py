@@ -71,7 +71,10 @@ def test_the_resolved_config_holds_every_default_and_reads_back(small: Path, tmp
         ("train.batch_tokens=30", "train.batch_tokens: 30 is not a multiple of data.seq_len = 8"),
         ("checkpoint.every=-1", "checkpoint.every: -1 is negative; give a number of steps, or 0"),
         ("parallel.tp=2", "parallel.tp: 2 is not supported yet; use 1"),
-        ("data.kind=web", "data.kind: no such kind 'web'; kinds: python, text, jsonl"),
+        (
+            "data.kind=web",
+            "data.kind: no such kind 'web'; kinds: python, text, jsonl, parquet, huggingface, tokens, mixture",
+        ),
         ("name=a/b", "name: 'a/b' cannot name a folder"),
         (f"name={'x' * 201}", "name: 201 bytes are too long to name a folder"),
         ("model.layers=1000000000", "model.layers: 1000000000 is above 1000, the largest that is supported"),

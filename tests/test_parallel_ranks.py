@@ -16,7 +16,7 @@ from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import ALONE, RankError, Ranks, ranks_of
-from moesaic.parallel.shard import first_row, local, replicated_parameters, sharded_modules
+from moesaic.parallel.shard import local, replicated_parameters, sharded_modules, window
 from moesaic.parallel.spawn import RankFailedError, run_ranks
 
 CONFIG = Transformer.Config(
@@ -98,7 +98,7 @@ def test_parts_of_a_fresh_model_are_those_of_a_whole_one(layout: dict[str, int])
         model.to_empty(device="cpu")
         for tensor in logical_tensors(model).values():
             local(tensor.detach()).fill_(float("nan"))
-        model.initialize(5, window=lambda tensor: (local(tensor), first_row(tensor)))
+        model.initialize(5, window=window)
         assert len(sharded_modules(model)) == 3
         whole = {id(p) for p in replicated_parameters(model)}
         for name, parameter in logical_tensors(model).items():

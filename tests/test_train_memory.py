@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moesaic.data.prepare import vocab_of
 from moesaic.launch.config import read_run
 from moesaic.models.accounting import meta_model
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import ranks_of
 from moesaic.parallel.shard import local
+from moesaic.train import memory
 from moesaic.train.memory import estimate
 
 SIZES = ["train.batch_tokens=262144"]
@@ -23,6 +25,24 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
     yield request.param
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pretended", [8, 64], indirect=True)
+@pytest.mark.parametrize("name", ["moe_1b", "moe_16b"])
+def test_weights_of_a_rank_of_a_large_model(
+    name: str, pretended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = read_run(name, world_size=pretended)
+    vocab = vocab_of(run.data)
+    monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)  # tracing so many layers takes seconds
+    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    model = parallelize(
+        meta_model(run.model, vocab), run.parallel, ranks_of(run.parallel, "cpu"), dtype=torch.bfloat16
+    )
+    parameters = sum(local(p.detach()).numel() * p.element_size() for p in model.parameters())
+    assert estimate(run, vocab, ranks=pretended)["gradients"] == parameters
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert whole / pretended <= parameters < 1.2 * whole / pretended
 
 
 @pytest.mark.parametrize("pretended", [8, 64], indirect=True)

@@ -16,7 +16,7 @@ from moesaic.models.names import logical_tensors
 from moesaic.models.transformer import Transformer
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import ALONE, Ranks
-from moesaic.parallel.shard import first_row, local
+from moesaic.parallel.shard import window
 from moesaic.parallel.storage import DamagedCheckpointError
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
@@ -55,7 +55,7 @@ def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE
         return parallelize(model, run.parallel)
     model = parallelize(meta_model(run.model, vocab), run.parallel, ranks, dtype=device.dtype)
     model.to_empty(device=device.device)
-    model.initialize(run.seed, window=lambda tensor: (local(tensor), first_row(tensor)))
+    model.initialize(run.seed, window=window)
     return model
 
 

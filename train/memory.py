@@ -13,7 +13,7 @@ from moesaic.models.accounting import meta_model
 from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
 from moesaic.parallel.parallelize import parallelize
-from moesaic.parallel.shard import replicated_parameters
+from moesaic.parallel.shard import replicated_parameters, shard_dim
 from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
 
@@ -36,11 +36,10 @@ def estimate(
     def share(tensor: Tensor) -> int:
         """Bytes of this rank's part."""
         size = tensor.numel() * tensor.element_size()
-        return (
-            size
-            if id(tensor) in whole or tensor.ndim < 2
-            else size * -(-len(tensor) // shards) // len(tensor)
-        )
+        if id(tensor) in whole or shards == 1:
+            return size
+        length = tensor.shape[shard_dim(tensor.shape, shards)]
+        return size // length * -(-length // shards)
 
     gradients = sum(share(parameter) for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
