@@ -38,7 +38,8 @@ class _Commands(TyperGroup):
                 message = f"{error.filename}: {error.strerror}"
             else:
                 message = str(error)
-            print(f"error: {message}", file=sys.stderr)
+            if not getattr(error, "told", False):
+                print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2) from None
 
 

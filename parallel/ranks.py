@@ -26,6 +26,9 @@ AXES = ("dp_replicate", "dp_shard")
 class RankError(ValueError):
     """Another rank refused the run; the message is its own."""
 
+    told = True
+    """That rank has shown the message already."""
+
 
 @dataclass(frozen=True)
 class Ranks:
