@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from moesaic.train import audit as audits
 from moesaic.train import step as steps
 from moesaic.train.audit import Audit, audit, by_kind, kind
 
+SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SETTINGS = ["train.micro_batch_tokens=256", "parallel.recompute=block"]
 
 
@@ -33,7 +35,7 @@ def failed(found: Audit) -> dict[str, float]:
     return {what: finding.scale for what, finding in by_kind(found.findings).items() if not finding.passed}
 
 
-@pytest.mark.parametrize("name", ["debug", "quickstart", "quickstart_dense"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_pass(name: str) -> None:
     found = audit(read_run(name, world_size=None), ranks=2)
     assert failed(found) == {}
