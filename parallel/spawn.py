@@ -88,6 +88,7 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit
         )
+        dist.barrier()  # a rank with nothing to do would be gone before a slow one has connected to it
         sender.send_bytes(pickle.dumps((None, work())))  # by value: shared memory would end with this process
         with suppress(RuntimeError):
             dist.destroy_process_group()
