@@ -28,7 +28,7 @@ train: $(CORE)
 	$(BIN)/moesaic train configs/quickstart.yaml --resume
 
 test: $(DEV)
-	$(PYTEST) -m "not slow and not gpu and not multigpu" -n $(WORKERS)
+	$(PYTEST) -m "not slow and not multigpu" -n $(WORKERS)
 
 test-slow: $(DEV)
 	$(PYTEST) -m "slow"

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.moe.routing import RouterInput, Routing, tally
+from moesaic.kernels.plan import tally
+from moesaic.moe.routing import RouterInput, Routing
 
 Sums = tuple[Tensor, ...]
 

@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moesaic.kernels.backend import Backend
+from moesaic.kernels.plan import Plan, plan_choice, plan_ragged
+
 Mode = Literal["train", "eval", "recompute"]
 """`train`: the original forward pass of training tokens; only then is there noise to draw first and load to count.
 `recompute`: the same pass again, which must decide the same. `eval`: no noise, nothing counted."""
@@ -88,35 +91,9 @@ class Routing:
         return Routing(*flat, probabilities.shape[0], probabilities, logits)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Assignments sorted by expert, and the way back. Integers only: no gradients, no communication."""
-
-    counts: Int[Tensor, " E"]
-    """Rows of each expert."""
-    tokens: Int[Tensor, " R"]
-    """Token of each row; rows are sorted by expert, then by token."""
-    where: Int[Tensor, " R"]
-    """Row of each assignment."""
-    offsets: Int[Tensor, " T1"]
-    """Assignments of token t are `offsets[t]:offsets[t + 1]`."""
-    per_token: int | None
-
-
-def make_plan(routing: Routing, num_experts: int) -> Plan:
-    """Sort by expert, stable, so that equal routings give equal plans. No host synchronisation."""
-    order = routing.experts.argsort(stable=True)
-    where = torch.empty_like(order)
-    where[order] = torch.arange(order.shape[0], device=order.device)
-    sizes = tally(routing.tokens, routing.num_tokens)
-    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    counts = tally(routing.experts, num_experts)
-    return Plan(counts, routing.tokens[order], where, offsets, routing.per_token)
-
-
-def tally(
-    values: Int[Tensor, " R"], size: int, counted: Bool[Tensor, " R"] | None = None
-) -> Int[Tensor, " size"]:
-    """How often each of 0 to size - 1 occurs, among the counted ones. Exact integers, no host synchronisation."""
-    ones = torch.ones_like(values) if counted is None else counted.to(values.dtype)
-    return values.new_zeros(size).scatter_add_(0, values, ones)
+def make_plan(routing: Routing, num_experts: int, *, backend: Backend = "auto") -> Plan:
+    """Sort the assignments by expert; see `moesaic.kernels.plan`."""
+    experts, per_token = routing.experts, routing.per_token
+    if per_token is not None:
+        return plan_choice(experts.unflatten(0, (-1, per_token)), num_experts, backend=backend)
+    return plan_ragged(routing.tokens, experts, routing.num_tokens, num_experts, backend=backend)

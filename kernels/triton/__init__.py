@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Nothing outside imports them before a tensor is on a GPU: triton is optional."""
