@@ -6,17 +6,16 @@ Dims: N rows, D width, F hidden width, E experts of the bank, M experts that the
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moesaic.kernels.gated import gated_silu
-from moesaic.kernels.grouped_linear import grouped_linear
-
-ExpertKind = Literal["swiglu", "gelu", "relu2"]
+from moesaic.kernels.activation import ExpertKind, input_matrices
+from moesaic.kernels.backend import Backend
+from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,6 @@ class Weights:
 
     w1: Float[Tensor, "M G F D"]
     w2: Float[Tensor, "M D F"]
-
-
-def input_matrices(kind: ExpertKind) -> int:
-    """How many matrices lead into the hidden layer: 2 for gated kinds, else 1."""
-    return 2 if kind == "swiglu" else 1
-
-
-def activate(kind: ExpertKind, hidden: Float[Tensor, "... GF"]) -> Float[Tensor, "... F"]:
-    """The hidden layer's non-linearity: SwiGLU (arXiv:2002.05202), GELU, or squared ReLU (arXiv:2109.08668)."""
-    if kind == "swiglu":
-        return gated_silu(hidden)
-    return F.gelu(hidden) if kind == "gelu" else F.relu(hidden).square()
 
 
 @runtime_checkable
@@ -70,6 +57,8 @@ class Experts(nn.Module):
     def __init__(self, kind: ExpertKind, source: WeightSource) -> None:
         super().__init__()
         self.kind: ExpertKind = kind
+        self.backend: Backend = "auto"
+        """Which kernels run; see `moesaic.kernels.backend`."""
         self._source = (
             source,
         )  # in a tuple: the source's parameters belong to the module that registers them
@@ -78,12 +67,12 @@ class Experts(nn.Module):
     def source(self) -> WeightSource:
         return self._source[0]
 
+    def mix(self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan) -> Float[Tensor, "T D"]:
+        """The weighted sum of every token's experts, where all of them are here."""
+        weights = self.source.weights(x.dtype)
+        return expert_mlp(x, gates, weights.w1, weights.w2, plan, kind=self.kind, backend=self.backend)
+
     def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]) -> Float[Tensor, "N D"]:
         """The first `counts[0]` rows go through the first expert, and so on."""
-        return run_experts(self.kind, self.source.weights(rows.dtype), rows, counts)
-
-
-def run_experts(kind: ExpertKind, weights: Weights, rows: Tensor, counts: Tensor) -> Tensor:
-    """Two grouped products with the kind's non-linearity between them."""
-    hidden = grouped_linear(rows, weights.w1.flatten(1, 2), counts)
-    return grouped_linear(activate(kind, hidden), weights.w2, counts)
+        weights = self.source.weights(rows.dtype)
+        return expert_rows(rows, weights.w1, weights.w2, counts, kind=self.kind, backend=self.backend)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moesaic.moe.experts import ExpertKind, activate, input_matrices
+from moesaic.kernels.activation import ExpertKind, activate, input_matrices
 from moesaic.moe.sizes import LARGEST_WIDTH, check_size
 
 

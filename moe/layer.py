@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moesaic.moe.balance import AuxTerm, LayerStats, layer_stats
-from moesaic.moe.dispatch import Dispatcher, Local, combine
+from moesaic.moe.dispatch import Dispatcher, Local
 from moesaic.moe.experts import Bank, ExpertKind, Experts
 from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.routing import RouterInput, Routing, make_plan
@@ -82,7 +82,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Each token's experts, weighted, plus the shared ones."""
-        plan = make_plan(routing, self.config.num_experts)
-        rows = self.dispatcher.run(x, plan, self.experts)
-        y = combine(rows, routing.weights, plan)
+        plan = make_plan(routing, self.config.num_experts, backend=self.experts.backend)
+        y = self.dispatcher.run(x, routing.weights, plan, self.experts)
         return y if self.shared is None else y + self.shared(x)

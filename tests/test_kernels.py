@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from references import largest_error
 
 from moesaic.kernels import native
+from moesaic.kernels.activation import activate
 from moesaic.kernels.combine import combine_rows, gather_rows, sum_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
-from moesaic.kernels.gated import gated_silu
 from moesaic.kernels.grouped_linear import grouped_linear
 from moesaic.kernels.rms_norm import rms_norm
 from moesaic.kernels.rotary import normed_rotary
@@ -59,7 +59,9 @@ def test_grouped_linear_is_a_product_per_group(counts: list[int], dtype: torch.d
 def test_grouped_linear_op_is_consistent() -> None:
     rows = torch.randn(6, 8, requires_grad=True)
     weights = torch.randn(3, 4, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.moesaic.grouped_linear.default, (rows, weights, torch.tensor([2, 0, 4])))
+    torch.library.opcheck(
+        torch.ops.moesaic.grouped_linear.default, (rows, weights, torch.tensor([2, 0, 4]), "auto")
+    )
 
 
 def assignments(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None]:
@@ -180,6 +182,10 @@ def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
     got = rms_norm(x, weight, 1e-6)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, want) or largest_error(got.float(), want.float()) < 2**-8
+
+
+def gated_silu(hidden: torch.Tensor) -> torch.Tensor:
+    return activate("swiglu", hidden)
 
 
 def test_gated_silu_gradients() -> None:

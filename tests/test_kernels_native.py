@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.kernels import native
+from moesaic.kernels.activation import activate
 from moesaic.kernels.combine import combine_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
-from moesaic.kernels.gated import gated_silu
 from moesaic.kernels.grouped_linear import grouped_linear
 from moesaic.kernels.rms_norm import rms_norm
 from moesaic.kernels.rotary import normed_rotary
@@ -101,7 +101,7 @@ def test_threads_change_no_bit() -> None:
     where, offsets = torch.randperm(rows), torch.arange(0, rows + 1, 3)
     calls = {
         rms_norm: lambda x, w: rms_norm(x, w[0], 1e-6),
-        gated_silu: lambda x, w: gated_silu(x),
+        activate: lambda x, w: activate("swiglu", x),
         normed_rotary: lambda x, w: torch.cat(
             normed_rotary(x.view(10, 30, 6, 8), turns, 2, query_weight=w[0, :8], key_weight=w[1, :8]), 2
         ),

@@ -1,0 +1,208 @@
+"""The experts of a layer as one op: copy tokens to rows, two grouped products with a non-linearity between them, and
+the weighted sum back to tokens.
+
+What backward keeps is the input, and the hidden layer before its non-linearity: no (R, D) tensor. Rows are gathered
+again, the activation is computed again, and the gradient of a gate is the product of the activation with *its*
+gradient, which needs no expert output: exact, because experts have no bias (section 3 of arXiv:2512.14080).
+
+Dims: T tokens, D width, F hidden width, G input matrices per expert, E experts, R assignments, N rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.kernels.activation import ExpertKind, activation, activation_gradient
+from moesaic.kernels.backend import Backend, engine
+from moesaic.kernels.combine import accumulation_dtype, sum_rows
+from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
+from moesaic.kernels.plan import Plan
+
+
+@dataclass(frozen=True)
+class Routes:
+    """How tokens become rows and rows tokens: the tensors of a plan, and the weight of each assignment."""
+
+    gates: Float[Tensor, " R"]
+    tokens: Int[Tensor, " R"]
+    order: Int[Tensor, " R"]
+    where: Int[Tensor, " R"]
+    offsets: Int[Tensor, " T1"]
+    per_token: int | None
+
+
+def expert_mlp(
+    x: Float[Tensor, "T D"],
+    gates: Float[Tensor, " R"],
+    w1: Float[Tensor, "E G F D"],
+    w2: Float[Tensor, "E D F"],
+    plan: Plan,
+    *,
+    kind: ExpertKind,
+    backend: Backend = "auto",
+) -> Float[Tensor, "T D"]:
+    """`y[t] = sum over the assignments a of t of gates[a] * w2[e] @ act(w1[e] @ x[t])`, differentiable.
+
+    Tokens without assignments get zeros. x, w1 and w2 share one dtype; gates have it or a wider one. Sums over
+    assignments run in a fixed order in fp32 or better. Raises BackendError where `backend` cannot run here.
+    """
+    given = (gates, plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
+    return _expert_mlp(x, w1, w2, plan.counts, *given, kind, backend, torch.is_grad_enabled())[0]
+
+
+def expert_rows(
+    rows: Float[Tensor, "N D"],
+    w1: Float[Tensor, "E G F D"],
+    w2: Float[Tensor, "E D F"],
+    counts: Int[Tensor, " E"],
+    *,
+    kind: ExpertKind,
+    backend: Backend = "auto",
+) -> Float[Tensor, "N D"]:
+    """The same for rows that lie in order: the first `counts[0]` go through the first expert, and so on."""
+    none = (None,) * 6
+    return _expert_mlp(rows, w1, w2, counts, *none, kind, backend, torch.is_grad_enabled())[0]
+
+
+@torch.library.custom_op("moesaic::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    counts: Tensor,
+    gates: Tensor | None,
+    tokens: Tensor | None,
+    order: Tensor | None,
+    where: Tensor | None,
+    offsets: Tensor | None,
+    per_token: int | None,
+    kind: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the hidden layer before its non-linearity, or nothing where there will be no backward pass."""
+    routes = _routes(gates, tokens, order, where, offsets, per_token)
+    module = _engine(backend, x, w1, w2)
+    y, hidden = module.forward(x, w1, w2, counts, routes, kind, backend)
+    return y, hidden if keep else hidden.new_empty(0)
+
+
+@_expert_mlp.register_fake
+def _(x, w1, w2, counts, gates, tokens, order, where, offsets, per_token, kind, backend, keep):
+    rows = x.shape[0] if tokens is None else tokens.shape[0]
+    return torch.empty_like(x), x.new_empty((rows, w1.shape[1] * w1.shape[2]) if keep else 0)
+
+
+@torch.library.custom_op("moesaic::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    counts: Tensor,
+    gates: Tensor | None,
+    tokens: Tensor | None,
+    order: Tensor | None,
+    where: Tensor | None,
+    offsets: Tensor | None,
+    per_token: int | None,
+    kind: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, w2 and the gates (empty where there are none)."""
+    routes = _routes(gates, tokens, order, where, offsets, per_token)
+    module = _engine(backend, x, w1, w2)
+    found = module.backward(grad.contiguous(), x, w1, w2, hidden, counts, routes, kind, backend)
+    return (*found[:3], x.new_empty(0) if found[3] is None else found[3])
+
+
+@_expert_mlp_backward.register_fake
+def _(grad, x, w1, w2, hidden, counts, gates, tokens, order, where, offsets, per_token, kind, backend):
+    grad_gates = x.new_empty(0) if gates is None else torch.empty_like(gates)
+    return torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2), grad_gates
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, w2, counts, *routes, kind, backend, _keep = inputs
+    *tensors, ctx.per_token = routes
+    ctx.kind, ctx.backend = kind, backend
+    ctx.save_for_backward(x, w1, w2, output[1], counts, *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    found = _expert_mlp_backward(grad, *tensors, ctx.per_token, ctx.kind, ctx.backend)
+    grad_x, grad_w1, grad_w2, grad_gates = found
+    return grad_x, grad_w1, grad_w2, None, None if tensors[5] is None else grad_gates, *[None] * 8
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_save)
+
+
+def _routes(
+    gates: Tensor | None,
+    tokens: Tensor | None,
+    order: Tensor | None,
+    where: Tensor | None,
+    offsets: Tensor | None,
+    per_token: int | None,
+) -> Routes | None:
+    if gates is None or tokens is None or order is None or where is None or offsets is None:
+        return None
+    return Routes(gates, tokens, order, where, offsets, per_token)
+
+
+def _engine(backend: str, *tensors: Tensor) -> Any:
+    """The implementation: something with `forward` and `backward` as below."""
+    engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
+    return _Torch
+
+
+class _Torch:
+    """Plain torch; the reference."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, routes: Routes | None, kind: Any, backend: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = x if routes is None else x.index_select(0, routes.tokens)
+        hidden = grouped_product(rows, w1.flatten(1, 2), counts, backend)
+        out = grouped_product(activation(kind, hidden), w2, counts, backend)
+        if routes is None:
+            return out, hidden
+        return sum_rows(out, routes.where, routes.offsets, routes.gates, per_token=routes.per_token), hidden
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        hidden: Tensor,
+        counts: Tensor,
+        routes: Routes | None,
+        kind: Any,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        rows = x if routes is None else x.index_select(0, routes.tokens)
+        grad_rows = grad if routes is None else grad.index_select(0, routes.tokens)
+        active = activation(kind, hidden)
+        grad_active = grouped_product(grad_rows, w2.transpose(1, 2), counts, backend)
+        grad_gates = None
+        if routes is not None:
+            wide = accumulation_dtype(x.dtype)
+            products = torch.linalg.vecdot(grad_active.to(wide), active.to(wide))
+            grad_gates = products.index_select(0, routes.where).to(routes.gates.dtype)
+            gates = routes.gates.index_select(0, routes.order).to(wide)[:, None]
+            active, grad_active = (active * gates).to(x.dtype), (grad_active * gates).to(x.dtype)
+        grad_hidden = activation_gradient(kind, hidden, grad_active)
+        grad_w2 = grouped_outer(grad_rows, active, counts, backend)
+        grad_w1 = grouped_outer(grad_hidden, rows, counts, backend).view_as(w1)
+        grad_x = grouped_product(grad_hidden, w1.flatten(1, 2).transpose(1, 2), counts, backend)
+        if routes is not None:
+            grad_x = sum_rows(grad_x, routes.where, routes.offsets, per_token=routes.per_token)
+        return grad_x, grad_w1, grad_w2, grad_gates

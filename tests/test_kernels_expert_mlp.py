@@ -1,0 +1,237 @@
+"""The experts' op against a loop over assignments in float64: output and every gradient, every engine and kind."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from references import largest_error
+from torch import Tensor
+
+from moesaic.kernels import backend as backends
+from moesaic.kernels import native
+from moesaic.kernels.activation import KINDS, ExpertKind, input_matrices
+from moesaic.kernels.backend import Backend, BackendError
+from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.plan import Plan, plan_choice, plan_ragged
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+ENGINES = ["torch", "cpp", "triton"]
+SHAPES = {
+    "one token": (1, 8, 16, 3, 1),
+    "odd": (7, 9, 5, 4, 2),
+    "K = E": (6, 16, 8, 3, 3),
+    "one expert": (5, 8, 8, 1, 1),
+    "many experts": (13, 8, 8, 40, 2),
+    "many rows": (513, 24, 8, 4, 2),
+}
+"""T, D, F, E, K."""
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Every test runs on every engine that this machine has."""
+    if request.param == "cpp" and not native.serves(torch.ones(1)):
+        pytest.skip(native.status())
+    if request.param == "triton" and backends.triton_refusal(CPU):
+        pytest.skip(f"{backends.triton_refusal(CPU)}")
+    return request.param
+
+
+def backend_of(engine: str) -> Backend:
+    return {"torch": "torch", "cpp": "auto", "triton": "triton"}[engine]  # type: ignore[return-value]
+
+
+@dataclass
+class Case:
+    """Inputs in float64, rounded to a type, and the gradient of the output."""
+
+    x: Tensor
+    gates: Tensor
+    w1: Tensor
+    w2: Tensor
+    grad: Tensor
+    tokens: Tensor
+    experts: Tensor
+    plan: Plan
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """x, gates, w1, w2 to differentiate by. Gates are fp32 or wider, as routers make them."""
+        wide = torch.promote_types(dtype, torch.float32)
+        types = (dtype, wide, dtype, dtype)
+        given = (self.x, self.gates, self.w1, self.w2)
+        return [t.to(kind).detach().requires_grad_() for t, kind in zip(given, types, strict=True)]
+
+
+def make_case(
+    shape: tuple[int, ...], kind: ExpertKind, dtype: torch.dtype, experts: Tensor | None = None
+) -> Case:
+    t, d, f, e, k = shape
+    torch.manual_seed(t + d)
+    x, grad = torch.randn(t, d, dtype=torch.float64), torch.randn(t, d, dtype=torch.float64)
+    w1 = torch.randn(e, input_matrices(kind), f, d, dtype=torch.float64) / d**0.5
+    w2 = torch.randn(e, d, f, dtype=torch.float64) / f**0.5
+    if experts is None:
+        experts = torch.rand(t, e).topk(k, -1).indices
+    gates = torch.rand(t * experts.shape[1], dtype=torch.float64)
+    rounded = [tensor.to(dtype).double() for tensor in (x, w1, w2, grad)]
+    gates = gates.float().double()
+    tokens = torch.arange(t).repeat_interleave(experts.shape[1])
+    plan = plan_choice(experts, e)
+    return Case(rounded[0], gates, rounded[1], rounded[2], rounded[3], tokens, experts.flatten(), plan)
+
+
+def act(kind: ExpertKind, hidden: list[Tensor]) -> Tensor:
+    if kind == "swiglu":
+        return F.silu(hidden[0]) * hidden[1]
+    if kind == "drelu":
+        return F.relu(hidden[0]) * F.relu(hidden[1])
+    return F.gelu(hidden[0]) if kind == "gelu" else F.relu(hidden[0]) ** 2
+
+
+def loop(case: Case, kind: ExpertKind) -> tuple[Tensor, list[Tensor]]:
+    """Assignment by assignment, in float64."""
+    x, gates, w1, w2 = leaves = case.leaves(torch.float64)
+    y = [torch.zeros_like(x[0]) for _ in x]
+    for a, (t, e) in enumerate(zip(case.tokens.tolist(), case.experts.tolist(), strict=True)):
+        hidden = [matrix @ x[t] for matrix in w1[e]]
+        y[t] = y[t] + gates[a] * (w2[e] @ act(kind, hidden))
+    out = torch.stack(y) + 0 * sum(leaf.sum() for leaf in leaves)
+    return out.detach(), list(torch.autograd.grad(out, leaves, case.grad))
+
+
+def run(case: Case, kind: ExpertKind, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[Tensor]]:
+    leaves = case.leaves(dtype)
+    for size in (64, 1000, 20_000, 200_000):  # the next allocations get memory full of NaN
+        torch.full((size,), float("nan"))
+    x, gates, w1, w2 = leaves
+    y = expert_mlp(x, gates, w1, w2, case.plan, kind=kind, backend=backend)
+    return y.detach(), list(torch.autograd.grad(y, leaves, case.grad.to(dtype)))
+
+
+def check(case: Case, kind: ExpertKind, dtype: torch.dtype, engine: str) -> None:
+    if engine == "triton" and dtype == torch.float64:
+        pytest.skip("GPUs' matrix units are not asked for float64")
+    want, want_grads = loop(case, kind)
+    got, grads = run(case, kind, dtype, backend_of(engine))
+    assert got.dtype == dtype
+    for name, ours, theirs in zip(
+        ["y", "x", "gates", "w1", "w2"], [got, *grads], [want, *want_grads], strict=True
+    ):
+        assert largest_error(ours.double(), theirs) < TOLERANCE[dtype], name
+    again, again_grads = run(case, kind, dtype, backend_of(engine))
+    for one, other in zip([got, *grads], [again, *again_grads], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_a_loop(engine: str, shape: str, dtype: torch.dtype) -> None:
+    check(make_case(SHAPES[shape], "swiglu", dtype), "swiglu", dtype, engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(engine: str, kind: ExpertKind, dtype: torch.dtype) -> None:
+    check(make_case((19, 16, 8, 4, 2), kind, dtype), kind, dtype, engine)
+
+
+def test_all_tokens_to_one_expert_and_empty_experts(engine: str) -> None:
+    experts = torch.full((33, 1), 2)
+    check(make_case((33, 16, 8, 4, 1), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
+
+
+def test_ragged_assignments(engine: str) -> None:
+    """Tokens with none and with many assignments."""
+    case = make_case((5, 8, 8, 4, 2), "swiglu", torch.float32)
+    tokens = torch.tensor([0, 0, 0, 2, 4, 4])
+    experts = torch.tensor([3, 1, 0, 1, 1, 3])
+    case.tokens, case.experts, case.gates = tokens, experts, case.gates[:6]
+    case.plan = plan_ragged(tokens, experts, 5, 4)
+    check(case, "swiglu", torch.float32, engine)
+
+
+def test_no_tokens(engine: str) -> None:
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((0, 8), (0,), (4, 2, 8, 8), (4, 8, 8))]
+    plan = plan_choice(torch.empty(0, 2, dtype=torch.int64), 4)
+    x, gates, w1, w2 = leaves
+    y = expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend=backend_of(engine))
+    y.sum().backward()
+    assert y.shape == (0, 8)
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_that_lie_in_order(engine: str, dtype: torch.dtype) -> None:
+    if engine == "triton" and dtype == torch.float64:
+        pytest.skip("GPUs' matrix units are not asked for float64")
+    torch.manual_seed(0)
+    counts = torch.tensor([3, 0, 14, 1])
+    exact = [
+        torch.randn(shape, dtype=torch.float64).to(dtype).double().requires_grad_()
+        for shape in ((18, 16), (4, 2, 8, 16), (4, 16, 8))
+    ]
+    grad = torch.randn(18, 16, dtype=torch.float64).to(dtype)
+    parts = [
+        act("swiglu", [rows @ matrix.T for matrix in w1]) @ w2.T
+        for rows, w1, w2 in zip(exact[0].split(counts.tolist()), exact[1], exact[2], strict=True)
+    ]
+    want = torch.cat(parts)
+    want_grads = torch.autograd.grad(want, exact, grad.double())
+    rows, w1, w2 = leaves = [t.detach().to(dtype).requires_grad_() for t in exact]
+    got = expert_rows(rows, w1, w2, counts, kind="swiglu", backend=backend_of(engine))
+    grads = torch.autograd.grad(got, leaves, grad)
+    for ours, theirs in zip([got, *grads], [want, *want_grads], strict=True):
+        assert largest_error(ours.detach().double(), theirs.detach()) < TOLERANCE[dtype]
+
+
+def test_op_is_consistent_and_compiles_whole(engine: str) -> None:
+    case = make_case((6, 8, 8, 3, 2), "swiglu", torch.float32)
+    plan, backend = case.plan, backend_of(engine)
+    x, gates, w1, w2 = case.leaves(torch.float32)
+    tensors = (plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
+    args = (x, w1, w2, plan.counts, gates, *tensors, "swiglu", backend, True)
+    torch.library.opcheck(torch.ops.moesaic.expert_mlp.default, args)
+
+    def layer(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend=backend)
+
+    want = layer(x, gates, w1, w2)
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, gates, w1, w2)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    grads = [torch.autograd.grad(y, (x, gates, w1, w2), case.grad.float()) for y in (got, want)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_nothing_of_the_size_of_rows_times_width_is_kept(engine: str) -> None:
+    """Activation memory does not grow with the number of experts per token at a fixed K * F."""
+    kept = {}
+    for k in (1, 4):
+        case = make_case((32, 64, 32 // k, 4, k), "swiglu", torch.float32)
+        saved: list[Tensor] = []
+        x, gates, w1, w2 = leaves = case.leaves(torch.float32)
+        inputs = {leaf.data_ptr() for leaf in leaves}
+
+        def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend=backend_of(engine))
+        floats = [t for t in saved if t.is_floating_point() and t.data_ptr() not in inputs]
+        kept[k] = sum(t.numel() for t in floats)
+    assert kept[1] == kept[4] == 32 * 2 * 32
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((6, 8, 8, 3, 2), "swiglu", torch.float32)
+    x, gates, w1, w2 = case.leaves(torch.float32)
+    with pytest.raises(BackendError, match="megablocks cannot run: its package grouped_gemm"):
+        expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend="megablocks")
+    monkeypatch.setattr(backends, "_triton", lambda: (None, False))
+    with pytest.raises(BackendError, match="triton cannot run: the tensors are on cpu"):
+        expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend="triton")
