@@ -17,7 +17,9 @@ from moesaic.launch.cli import app
 from moesaic.launch.config import read_run
 from moesaic.models.block import Block
 from moesaic.moe.layer import MoE
-from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
+from moesaic.parallel.spawn import run_ranks
 from moesaic.train import audit as audits
 from moesaic.train import step as steps
 from moesaic.train.audit import Audit, audit, by_kind, kind
@@ -57,6 +59,42 @@ def test_shipped_configs_pass(name: str) -> None:
 )
 def test_layouts_pass(ranks: int, overrides: list[str]) -> None:
     assert failed(run_audit(*overrides, ranks=ranks)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["parallel.recompute=none", "parallel.dp_replicate=2"]], ids=str)
+def test_compiled_regions_pass(overrides: list[str]) -> None:
+    assert failed(run_audit("parallel.compile=true", *overrides, ranks=2)) == {}
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.dp_replicate=2"]], ids=str)
+def test_bf16_over_ranks_is_bf16_of_one_process(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks compute and matrices travel in bf16; sums over ranks do not. Tokens are rounded alike on any layout, so
+    the losses agree closely; a matrix's gradient is rounded once per rank, and no gradient is scaled."""
+    run = read_run("debug", [*SETTINGS, *overrides], world_size=None)
+    small = audits.shrunken(run, 2)
+    seen_types = []
+    forward = Block.forward
+
+    def spying(self: Block, *args: Any, **named: Any) -> Any:
+        seen_types.append(self.attention.qkv.dtype)
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(Block, "forward", spying)
+
+    def on_a_rank() -> tuple[list[dict[str, torch.Tensor]], set[torch.dtype]]:
+        values = audits.observe(ranks_of(small.parallel, "cpu"), small, dtype=torch.bfloat16)
+        return values, set(seen_types)
+
+    plain = replace(small, parallel=ParallelConfig())
+    want = audits.observe(ALONE, plain, dtype=torch.bfloat16)[:1]
+    results = run_ranks(on_a_rank, 2)
+    assert all(torch.bfloat16 in types for _, types in results)
+    for found in audits.compare(want, [values[:1] for values, _ in results]):
+        assert found.scale == pytest.approx(1, abs=5e-3), found
+        assert found.error < (1e-4 if found.what in ("loss", "held-out loss") else 2e-2), found
 
 
 def on_ranks(planted: Callable[..., Any], true: Callable[..., Any]) -> Callable[..., Any]:

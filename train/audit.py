@@ -177,9 +177,12 @@ def my_batch(batch: Batch, ranks: Ranks, micro_batches: int) -> Batch:
     return Batch(*joined, cuts=tuple(len(part.rows) for part in parts))  # type: ignore[arg-type]
 
 
-def observe(ranks: Ranks, run: RunConfig) -> list[dict[str, Tensor]]:
-    """Train for a few steps; per step, everything that must not depend on the layout, by name, whole."""
-    device = Device(torch.device("cpu"), torch.float64, 1, "", "")
+def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
+    """Train for a few steps; per step, everything that must not depend on the layout, by name, whole.
+
+    `dtype`: what blocks compute in. Master weights are float64.
+    """
+    device = Device(torch.device("cpu"), dtype, 1, "", "")
     model = build_model_wide(run, device, ranks)
     trainee = Trainee(
         model,
