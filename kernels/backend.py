@@ -4,6 +4,7 @@ A backend that was asked for and cannot run is an error; `auto` takes the best t
 """
 
 from functools import cache
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -22,17 +23,21 @@ class BackendError(ValueError):
 
 def engine(backend: Backend, *tensors: Tensor | None) -> Engine:
     """The implementation that serves these tensors; None counts as absent. Raises BackendError."""
-    device = next(tensor.device for tensor in tensors if tensor is not None)
-    if backend == "triton":
-        reason = triton_refusal(device)
-        if reason:
-            raise BackendError(f"kernels: triton cannot run: {reason}; use 'auto' or 'torch'")
-        return "triton"
+    given = next(tensor for tensor in tensors if tensor is not None)
+    device = given.device
     if backend != "auto":
-        return "torch"
+        check(backend, device, given.dtype)
+        return "triton" if backend == "triton" else "torch"
     if device.type == "cuda":
         return "torch" if triton_refusal(device) else "triton"
     return "cpp" if native.serves(*tensors) else "torch"
+
+
+def check(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendError where a backend that was asked for cannot run."""
+    reason = refusal(backend, device, dtype)
+    if reason:
+        raise BackendError(f"kernels: {backend} cannot run: {reason}; use 'auto' or 'torch'")
 
 
 def triton_refusal(device: torch.device) -> str | None:
@@ -42,7 +47,33 @@ def triton_refusal(device: torch.device) -> str | None:
         return problem
     if device.type == "cuda" or (device.type == "cpu" and interpreted):
         return None
-    return f"the tensors are on {device.type}, and Triton runs on GPUs"
+    return f"it needs a GPU, and the device is {device.type}"
+
+
+def refusal(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on a device in a compute type, or None where it can."""
+    if backend == "triton":
+        return triton_refusal(device)
+    return library_refusal(device, dtype) if backend == "megablocks" else None
+
+
+def library_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why grouped_gemm, the part of MegaBlocks that runs with today's Triton, cannot run here, or None."""
+    problem = _grouped_gemm()
+    if problem:
+        return problem
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return f"its package grouped_gemm takes bf16 on GPUs, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    return None
+
+
+@cache
+def _grouped_gemm() -> str | None:
+    try:
+        import_module("grouped_gemm")  # by name: nothing of ours depends on it
+    except (ImportError, OSError) as error:
+        return f"its package grouped_gemm does not import ({error})"
+    return None
 
 
 @cache

@@ -8,6 +8,7 @@ gradient, which needs no expert output: exact, because experts have no bias (sec
 Dims: T tokens, D width, F hidden width, G input matrices per expert, E experts, R assignments, N rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.kernels.activation import ExpertKind, activation, activation_gradient
-from moesaic.kernels.backend import Backend, engine
+from moesaic.kernels.backend import Backend, engine, refusal
+from moesaic.kernels.choice import fastest, machine
 from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
 from moesaic.kernels.plan import Plan
+
+MEASURED = ("cuda",)
+"""Types of device on which `auto` is a question of time: on a CPU the compiled kernels serve, or else torch."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ def expert_mlp(
     Tokens without assignments get zeros. x, w1 and w2 share one dtype; gates have it or a wider one. Sums over
     assignments run in a fixed order in fp32 or better. Raises BackendError where `backend` cannot run here.
     """
+    if backend == "auto" and x.device.type in MEASURED and not torch.compiler.is_compiling():
+        backend = _fastest(x, gates, w1, w2, plan, kind)
     given = (gates, plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
     return _expert_mlp(x, w1, w2, plan.counts, *given, kind, backend, torch.is_grad_enabled())[0]
 
@@ -65,6 +72,26 @@ def expert_rows(
     """The same for rows that lie in order: the first `counts[0]` go through the first expert, and so on."""
     none = (None,) * 6
     return _expert_mlp(rows, w1, w2, counts, *none, kind, backend, torch.is_grad_enabled())[0]
+
+
+def _fastest(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, plan: Plan, kind: ExpertKind) -> Backend:
+    """The backend that runs forward and backward fastest, of those that can; measured once per shape."""
+    backends: tuple[Backend, ...] = ("triton", "torch", "megablocks")
+    able = [name for name in backends if refusal(name, x.device, x.dtype) is None]
+    rows = 1 << max(gates.shape[0] - 1, 0).bit_length()
+    sizes = f"D {x.shape[1]} F {w2.shape[2]} E {w1.shape[0]} R {rows} {x.dtype}"
+
+    def candidate(name: Backend) -> Callable[[], object]:
+        def run() -> object:
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in (x, gates, w1, w2)]
+                y = expert_mlp(leaves[0], leaves[1], leaves[2], leaves[3], plan, kind=kind, backend=name)
+                return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+        return run
+
+    key = f"{machine(x.device)}: {kind} {sizes}"
+    return fastest(key, {name: candidate(name) for name in able})  # type: ignore[return-value]  # of the same names
 
 
 @torch.library.custom_op("moesaic::expert_mlp", mutates_args=())

@@ -3,15 +3,13 @@
 Both leave unaligned widths alone; torch's also leaves rows beyond the last offset unwritten, so rows are exact here.
 """
 
-from functools import cache
 from importlib import import_module
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels.backend import Backend, BackendError
+from moesaic.kernels.backend import Backend
 
 ALIGNMENT = 16
 """Bytes that the strides of a matrix must be a multiple of."""
@@ -28,23 +26,12 @@ def library_serves(*tensors: Tensor) -> bool:
 def library_product(rows: Tensor, weights: Tensor, counts: Tensor, backend: Backend) -> Tensor:
     """(N, I), (M, I, O) -> (N, O)."""
     if backend == "megablocks":
-        return _grouped_gemm().backend.gmm(rows, weights.contiguous(), counts.cpu())
+        return import_module("grouped_gemm").backend.gmm(rows, weights.contiguous(), counts.cpu())
     return F.grouped_mm(rows, weights, offs=counts.cumsum(0).to(torch.int32))
 
 
 def library_outer(left: Tensor, right: Tensor, counts: Tensor, backend: Backend) -> Tensor:
     """(N, O), (N, I) -> (M, O, I)."""
     if backend == "megablocks":
-        return _grouped_gemm().backend.gmm(left, right, counts.cpu(), trans_a=True)
+        return import_module("grouped_gemm").backend.gmm(left, right, counts.cpu(), trans_a=True)
     return F.grouped_mm(left.T, right, offs=counts.cumsum(0).to(torch.int32))
-
-
-@cache
-def _grouped_gemm() -> ModuleType:
-    """The package grouped_gemm, the only part of MegaBlocks that runs with today's Triton. Raises BackendError."""
-    try:
-        return import_module("grouped_gemm")  # by name: nothing of ours depends on it
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            f"kernels: megablocks cannot run: its package grouped_gemm does not import ({error}); use 'auto'"
-        ) from error

@@ -9,6 +9,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moesaic.kernels.backend import Backend
 from moesaic.moe.balance import AuxTerm, LayerStats, layer_stats
 from moesaic.moe.dispatch import Dispatcher, Local
 from moesaic.moe.experts import Bank, ExpertKind, Experts
@@ -85,3 +86,10 @@ class MoE(nn.Module):
         plan = make_plan(routing, self.config.num_experts, backend=self.experts.backend)
         y = self.dispatcher.run(x, routing.weights, plan, self.experts)
         return y if self.shared is None else y + self.shared(x)
+
+
+def use_kernels(model: nn.Module, backend: Backend) -> None:
+    """Have every mixture of experts within `model` run on `backend`; see `moesaic.kernels.backend`."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts.backend = backend

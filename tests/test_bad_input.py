@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moesaic.kernels import backend as backends
 from moesaic.launch import cli
 
 CONFIG = """
@@ -42,6 +43,7 @@ def refused(*arguments: str) -> str:
     ("override", "parts"),
     [
         ("model.ffn.router.topk=4", ["model.ffn.router.topk", "did you mean 'k'"]),
+        ("kernels=cutlass", ["kernels", "cutlass", "triton"]),
         ("trian.steps=4", ["trian", "did you mean 'train'"]),
         ("train.steps=many", ["train.steps", "integer", "'many'"]),
         ("model.ffn.router.k=5", ["model.ffn", "router.k: 5 is more than num_experts = 4"]),
@@ -88,6 +90,16 @@ def test_a_wrong_corpus_leaves_no_run_behind(
     spoil(folder)
     line = refused("train", "run.yaml")
     assert all(part in line for part in parts), line
+    assert not (folder / "runs").exists()
+
+
+def test_kernels_that_cannot_run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read or written."""
+    monkeypatch.setattr(backends, "_triton", lambda: (None, False))
+    line = refused("train", "run.yaml", "kernels=triton")
+    assert line.startswith("error: kernels: triton cannot run: it needs a GPU")
+    line = refused("train", "run.yaml", "kernels=megablocks")
+    assert "grouped_gemm" in line
     assert not (folder / "runs").exists()
 
 

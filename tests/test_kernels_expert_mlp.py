@@ -233,5 +233,5 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BackendError, match="megablocks cannot run: its package grouped_gemm"):
         expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend="megablocks")
     monkeypatch.setattr(backends, "_triton", lambda: (None, False))
-    with pytest.raises(BackendError, match="triton cannot run: the tensors are on cpu"):
+    with pytest.raises(BackendError, match="triton cannot run: it needs a GPU, and the device is cpu"):
         expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend="triton")

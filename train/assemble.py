@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from moesaic.data.tokenizer import Tokenizer, load_tokenizer
+from moesaic.kernels.backend import check
 from moesaic.models.accounting import meta_model
 from moesaic.models.names import logical_tensors
 from moesaic.models.transformer import Transformer
+from moesaic.moe.layer import use_kernels
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import ALONE, Ranks
 from moesaic.parallel.shard import window
@@ -50,12 +52,15 @@ def build_trainee(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALO
 
 def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Transformer:
     """A fresh model, laid out. Over several ranks, no rank ever holds more than one whole tensor."""
+    check(run.kernels, device.device, device.dtype)
     if ranks.mesh is None:
         model = Transformer(run.model, vocab, seed=run.seed).to(device.device)
+        use_kernels(model, run.kernels)
         return parallelize(model, run.parallel)
     model = parallelize(meta_model(run.model, vocab), run.parallel, ranks, dtype=device.dtype)
     model.to_empty(device=device.device)
     model.initialize(run.seed, window=window)
+    use_kernels(model, run.kernels)
     return model
 
 
@@ -114,7 +119,9 @@ def load_model(run: RunConfig, folder: Path, checkpoint: Path) -> Restored:
             f"{folder / 'tokenizer'}: is not the tokenizer that {checkpoint} was trained with; restore it"
         )
     device = choose_device(run.train, stored_precision=meta["precision"])
+    check(run.kernels, device.device, device.dtype)
     model = Transformer(run.model, tokenizer.vocab, seed=run.seed)
+    use_kernels(model, run.kernels)
     into = logical_tensors(model)
     for name, tensor in read_tensors(checkpoint, into).items():
         if tensor.shape != into[name].shape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moesaic.data.config import BpeTokenizer, DataConfig, MixtureData, TokensData
+from moesaic.kernels.backend import Backend
 from moesaic.models.transformer import Transformer
 from moesaic.moe.sizes import check_size
 from moesaic.parallel.config import ParallelConfig
@@ -102,6 +103,9 @@ class RunConfig:
     train: TrainConfig
     optim: AdamWConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: Backend = "auto"
+    """What multiplies the experts' matrices. `auto`: on GPUs what is measured fastest for the layer's shape, on CPUs
+    compiled C++. `triton`: moesaic's kernels. `torch`: `F.grouped_mm`. `megablocks`: its package grouped_gemm."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

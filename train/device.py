@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moesaic.kernels import native
+from moesaic.kernels.backend import Backend, check
 from moesaic.train.config import TrainConfig
 
 MARGIN = 1.2
@@ -27,10 +29,7 @@ class Device:
 
 def choose_device(config: TrainConfig, *, stored_precision: str | None = None) -> Device:
     """Pick the accelerator where there is one. `stored_precision` is what a resumed run decided at its start."""
-    if torch.cuda.is_available():
-        device, why = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
-    else:
-        device, why = torch.device("cpu"), "no CUDA device found"
+    device, why = accelerator()
     threads = config.threads or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     precision = config.precision if config.precision != "auto" else stored_precision
@@ -42,6 +41,32 @@ def choose_device(config: TrainConfig, *, stored_precision: str | None = None) -
     else:
         chosen, reason = measured_dtype()
     return Device(device, chosen, threads, why, reason)
+
+
+def accelerator() -> tuple[torch.device, str]:
+    """The GPU of this process, or the CPU where there is none; and why."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+    return torch.device("cpu"), "no CUDA device found"
+
+
+def check_kernels(backend: Backend, precision: str) -> None:
+    """Raise BackendError where the kernels that a run asks for cannot run here. Computes nothing."""
+    device, _ = accelerator()
+    likely = torch.bfloat16 if device.type == "cuda" else torch.float32
+    check(backend, device, {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, likely))
+
+
+def kernels_in_words(backend: Backend, device: torch.device) -> str:
+    """What computes the experts, for the start-up table."""
+    if backend == "auto":
+        return native.status() if device.type == "cpu" else "the fastest per shape, as measured"
+    words = {
+        "triton": "Triton",
+        "torch": "torch.nn.functional.grouped_mm",
+        "megablocks": "grouped_gemm of MegaBlocks",
+    }
+    return words[backend]
 
 
 def precision_name(dtype: torch.dtype) -> str:

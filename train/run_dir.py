@@ -35,6 +35,7 @@ RESUMABLE = (
     "data.workers",
     "data.cache",
     "parallel",
+    "kernels",
     "checkpoint",
     "eval",
     "log",

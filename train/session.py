@@ -18,7 +18,6 @@ from moesaic.data.mixture import Mixture, open_loader
 from moesaic.data.prepare import prepare, vocab_of
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import load_tokenizer
-from moesaic.kernels import native
 from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.moe.layer import MoE
 from moesaic.parallel.ranks import ALONE, Ranks, joined, world_size
@@ -26,7 +25,15 @@ from moesaic.parallel.storage import CheckpointError
 from moesaic.train.assemble import Trainee, build_trainee
 from moesaic.train.checkpoints import Checkpoints, saved_steps
 from moesaic.train.config import RunConfig
-from moesaic.train.device import Device, choose_device, peak_memory, precision_name, tune_host
+from moesaic.train.device import (
+    Device,
+    check_kernels,
+    choose_device,
+    kernels_in_words,
+    peak_memory,
+    precision_name,
+    tune_host,
+)
 from moesaic.train.display import Display
 from moesaic.train.environment import environment
 from moesaic.train.facts import Closing, Sample, Start
@@ -59,6 +66,7 @@ def train_on(
     ranks: Ranks, run: RunConfig, text: str, *, resume: bool, profile: bool, command: Sequence[str]
 ) -> int:
     """`train`, on one of the ranks that joined. The first one owns the folder and the screen."""
+    check_kernels(run.kernels, run.train.precision)
     vocab = vocab_of(run.data)
     accounting = account(run.model, vocab, seq_len=run.data.seq_len)
     parameter_groups(meta_model(run.model, vocab), run.optim)
@@ -312,7 +320,7 @@ def start_of(
         device_reason=device.why_device,
         precision=precision_name(device.dtype),
         precision_reason=device.why_dtype,
-        kernels=native.status() if device.device.type == "cpu" else "torch",
+        kernels=kernels_in_words(run.kernels, device.device),
         layout=", ".join(layout),
         corpus=run.data.kind,
         documents=summary["documents"],

@@ -1,0 +1,100 @@
+"""Which of several implementations is fastest for a shape: measured once, remembered in a file of the cache.
+
+The file makes a choice last: a run that is resumed on the same machine computes with the kernels that it began with.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROUNDS = 3
+OutOfMemory = torch.OutOfMemoryError
+_chosen: dict[tuple[Path, str], str] = {}
+
+
+def choices_file() -> Path:
+    """Where choices are kept: `$MOESAIC_CACHE/kernels/choices.json`."""
+    folder = Path(os.environ.get("MOESAIC_CACHE") or "~/.cache/moesaic").expanduser()
+    return folder / "kernels" / "choices.json"
+
+
+def fastest(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
+    """The candidate with the shortest of three runs, after one that is not counted; from the file where it is there.
+
+    `key` names everything that the choice depends on: device, versions, shape. A candidate that runs out of memory
+    loses. Without a file to write to, the choice lasts as long as the process.
+    """
+    path = choices_file()
+    known = _chosen.get((path, key)) or _read(path).get(key, {}).get("chosen")
+    if known is None or known not in candidates:
+        seconds = {name: _seconds(run) for name, run in candidates.items()}
+        known = min(seconds, key=seconds.__getitem__)
+        with suppress(OSError):  # a full or read-only disk costs a measurement, not the run
+            _keep(path, key, known, seconds)
+    _chosen[path, key] = known
+    return known
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for turn in range(ROUNDS + 1):
+        try:
+            _wait()
+            began = time.perf_counter()
+            run()
+            _wait()
+        except OutOfMemory:
+            return float("inf")
+        if turn:
+            best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What is known; nothing where the file is missing or damaged, for it can be measured again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        {key: value for key, value in found.items() if isinstance(value, dict)}
+        if isinstance(found, dict)
+        else {}
+    )
+
+
+def _keep(path: Path, key: str, chosen: str, seconds: Mapping[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    milliseconds = {
+        name: None if value == float("inf") else round(1e3 * value, 4) for name, value in seconds.items()
+    }
+    entries = _read(path) | {key: {"chosen": chosen, "ms": milliseconds}}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(entries, file, indent=1, sort_keys=True)
+    Path(file.name).replace(path)
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """What a choice depends on beside the shape: the device and the libraries."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "none"
+    return f"{name}, torch {torch.__version__}, triton {version}"
