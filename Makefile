@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 CORE := $(VENV)/installed-core
 DEV := $(VENV)/installed-dev
+EVAL := $(VENV)/installed-eval
 
 .PHONY: help train test test-slow lint bench install clean
 .DELETE_ON_ERROR:
@@ -17,7 +18,7 @@ DEV := $(VENV)/installed-dev
 help:
 	@echo "make train      install, prepare a corpus and train configs/quickstart.yaml (continues an interrupted run)"
 	@echo "make test       the tests that take under 20 seconds each"
-	@echo "make test-slow  the others"
+	@echo "make test-slow  the others, and those of lm-eval, which it installs"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      the benchmarks; results go to bench/results/"
 	@echo "make install    everything the targets above need"
@@ -30,8 +31,9 @@ train: $(CORE)
 test: $(DEV)
 	$(PYTEST) -m "not slow and not multigpu" -n $(WORKERS)
 
-test-slow: $(DEV)
+test-slow: $(EVAL)
 	$(PYTEST) -m "slow"
+	$(PYTEST) tests/test_train_lm_eval.py
 
 lint: $(DEV)
 	$(BIN)/ruff check
@@ -67,4 +69,8 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/pip
 
 $(DEV): $(CORE)
 	$(PIP) --quiet -e ".[dev,bench]"
+	@touch $@
+
+$(EVAL): $(DEV)
+	$(PIP) --quiet -e ".[eval]"
 	@touch $@
