@@ -254,7 +254,6 @@ def token_facts(
         "ids": tokens.flatten(),
         "positions": (columns + start).repeat(batch),
         "documents": None if documents is None else documents.flatten(),
-        "sequences": numbers.repeat_interleave(length, output_size=batch * length),
         "num_sequences": batch,
         "indices": places.flatten(),
         "valid": None if targets is None else (targets >= 0).flatten(),

@@ -51,11 +51,11 @@ class BalanceLoss:
 
     def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
         """Counts (B, E) without gradient and summed probabilities (B, E); B is 1 for `micro_batch`."""
-        members = membership(inputs, routing, per_sequence=self.scope == "sequence")  # (B, T)
-        chosen = torch.zeros_like(routing.probabilities, dtype=members.dtype)
-        chosen = chosen.index_put_((routing.tokens, routing.experts), members.new_ones(()), accumulate=True)
-        sums = members @ chosen.detach(), members @ routing.probabilities
-        return (balance_sum(*sums),) if self.scope == "sequence" else sums
+        probabilities = routing.probabilities
+        chosen = torch.zeros_like(probabilities)
+        chosen = chosen.index_put_((routing.tokens, routing.experts), chosen.new_ones(()), accumulate=True)
+        sums = [sequence_sums(values, inputs, self.scope) for values in (chosen.detach(), probabilities)]
+        return (balance_sum(*sums),) if self.scope == "sequence" else tuple(sums)
 
     def finish(self, sums: Sums) -> Float[Tensor, ""]:
         """The loss times the number of counted tokens."""
@@ -68,15 +68,21 @@ def balance_sum(counts: Float[Tensor, "B E"], probabilities: Float[Tensor, "B E"
     return counts.shape[-1] * (shares * probabilities).sum()
 
 
-def membership(inputs: RouterInput, routing: Routing, *, per_sequence: bool) -> Float[Tensor, "B T"]:
-    """1 where a counted token belongs to a sequence: a product with it sums without atomics."""
-    like = routing.probabilities
-    if per_sequence and inputs.sequences is not None:
-        numbers = torch.arange(inputs.num_sequences, device=like.device)
-        members = (inputs.sequences == numbers[:, None]).to(like.dtype)
-    else:
-        members = like.new_ones(1, routing.num_tokens)
-    return members if inputs.valid is None else members * inputs.valid
+def sequence_sums(
+    values: Float[Tensor, "T E"], inputs: RouterInput, scope: Literal["sequence", "micro_batch"]
+) -> Float[Tensor, "B E"]:
+    """Sums over the counted tokens of each sequence, or over all of them, without atomics."""
+    if scope == "micro_batch":
+        count = 1
+    elif inputs.sequences is None:
+        count = inputs.num_sequences
+    else:  # of any lengths and in any order: a product with who belongs where
+        numbers = torch.arange(inputs.num_sequences, device=values.device)
+        members = (inputs.sequences == numbers[:, None]).to(values.dtype)
+        return (members if inputs.valid is None else members * inputs.valid) @ values
+    counted = values if inputs.valid is None else values * inputs.valid[:, None]
+    length = values.shape[0] // count
+    return counted.view(count, length, values.shape[1]).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

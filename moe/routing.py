@@ -35,7 +35,7 @@ class RouterInput:
     documents: Int[Tensor, " T"] | None = None
     """Document within the sequence."""
     sequences: Int[Tensor, " T"] | None = None
-    """Sequence within the micro-batch. None: all tokens are one sequence."""
+    """Sequence within the micro-batch. None: `num_sequences` of equal length, one after the other."""
     num_sequences: int = 1
     indices: Int[Tensor, " T"] | None = None
     """Index of each token in the step's global batch: the counter of all noise. None: 0 to T - 1."""

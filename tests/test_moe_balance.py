@@ -82,6 +82,19 @@ def test_sequence_wise_formula_by_hand() -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_equal_sequences_need_no_numbers() -> None:
+    """Padding included: the same value and gradient as with every token's sequence written out."""
+    logits = logits_of(12)
+    valid = torch.tensor([True] * 5 + [False] + [True] * 2 + [False] * 4)
+    facts = {"num_sequences": 3, "valid": valid}
+    short, long = (
+        value(BalanceLoss(coef=1.0), routed(logits), **facts, **more)
+        for more in ({}, {"sequences": torch.arange(3).repeat_interleave(4)})
+    )
+    torch.testing.assert_close(short, long)
+    torch.testing.assert_close(torch.autograd.grad(short, logits), torch.autograd.grad(long, logits))
+
+
 def test_z_loss_by_hand() -> None:
     logits = logits_of(10)
     want = logits.exp().sum(-1).log().square().mean()

@@ -77,7 +77,7 @@ def saved_bytes(model: Transformer, run: RunConfig, rows: int, dtype: torch.dtyp
         if rows <= 2 * FEW_ROWS:
             return kept_bytes(model, run, compute, rows)
         few, more = (kept_bytes(model, run, compute, n) for n in (FEW_ROWS, 2 * FEW_ROWS))
-        # linear in the rows, but for the membership matrix of balance losses
+        # linear in the rows
         return few + (more - few) * (rows - FEW_ROWS) // FEW_ROWS
 
 
