@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moesaic.models.names import logical_tensors
+from moesaic.models.names import Table, logical_tensors
 from moesaic.models.norm import RMSNorm
 from moesaic.moe.experts import Bank
 from moesaic.moe.topk import TopKRouter
@@ -35,15 +35,18 @@ def initialize(
     """Fill every tensor in place: norms 1, router biases 0, matrices normal (see `Transformer.Config.init_std`)."""
     names = {id(tensor): name for name, tensor in logical_tensors(model).items()}
     for module in model.modules():
+        if isinstance(module, Table):
+            for name, number, matrix in [] if module.master.is_meta else module.each():
+                spread = scale(name.rpartition(".")[2], matrix.shape[-1], layers, std)
+                fill_normal(matrix, spread, f"{seed}/{name}/{number}", matrix.shape, (0,) * matrix.ndim)
+            continue
         for attribute, tensor in module.named_parameters(recurse=False):
             if tensor.is_meta:  # shapes only, however many experts
                 continue
             if isinstance(module, RMSNorm):
                 tensor.fill_(1)
                 continue
-            spread = tensor.shape[-1] ** -0.5 if std is None else std
-            if attribute in SUBLAYER_OUTPUTS:
-                spread /= (2 * layers) ** 0.5
+            spread = scale(attribute, tensor.shape[-1], layers, std)
             name = names[id(tensor)]
             here, offsets = window(tensor)
             if isinstance(module, Bank):
@@ -53,6 +56,12 @@ def initialize(
                 fill_normal(here, spread, f"{seed}/{name}", tensor.shape, offsets)
         if isinstance(module, TopKRouter):
             module.bias.zero_()
+
+
+def scale(attribute: str, inputs: int, layers: int, std: float | None) -> float:
+    """Standard deviation of a matrix."""
+    spread = inputs**-0.5 if std is None else std
+    return spread / (2 * layers) ** 0.5 if attribute in SUBLAYER_OUTPUTS else spread
 
 
 def fill_normal(tensor: Tensor, std: float, label: str, shape: torch.Size, offsets: tuple[int, ...]) -> None:

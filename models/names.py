@@ -1,22 +1,67 @@
 """Names that do not depend on the module that happens to hold a tensor: experts are `banks.<name>.w1`."""
 
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor, nn
 
 from moesaic.moe.experts import Bank
 
 
-def logical_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer under its logical name. Raises ValueError where two share a name."""
+@runtime_checkable
+class Table(Protocol):
+    """A module whose parameter `master` holds experts of several banks, in rows."""
+
+    master: nn.Parameter
+
+    def logical(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The master, or something that goes with it, by logical name."""
+        ...
+
+    def each(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Every matrix of every expert that is here: logical name of its tensor, number of the expert, values."""
+        ...
+
+
+def logical_tensors(
+    model: nn.Module, of: Callable[[Tensor], Tensor | None] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer under its logical name. Raises ValueError where two share a name.
+
+    `of` maps each to what is wanted of it, such as its gradient; None leaves it out.
+    """
+    tables = {f"{path}.master": module for path, module in model.named_modules() if isinstance(module, Table)}
+    named: dict[str, Tensor] = {}
+    for path, name, tensor in _paths(model):
+        value = of(tensor)
+        if value is None:
+            continue
+        found = tables[path].logical(value) if path in tables else {name: value}
+        for each in found:
+            if each in named:
+                raise ValueError(f"two tensors of the model are called {each}")
+        named |= found
+    return named
+
+
+def logical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameter that holds the values of each logical name; one that holds a table has many."""
+    tables = {f"{path}.master": module for path, module in model.named_modules() if isinstance(module, Table)}
+    named: dict[str, nn.Parameter] = {}
+    for path, name, tensor in _paths(model):
+        if isinstance(tensor, nn.Parameter):
+            names = tables[path].logical(tensor) if path in tables else [name]
+            named |= dict.fromkeys(names, tensor)
+    return named
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Path, logical name and tensor of every parameter and persistent buffer."""
     prefixes = {
         f"{path}.": f"banks.{module.name}."
         for path, module in model.named_modules()
         if isinstance(module, Bank)
     }
-    named: dict[str, Tensor] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         owner = path.rpartition(".")[0] + "."
-        name = prefixes[owner] + path.removeprefix(owner) if owner in prefixes else path
-        if name in named:
-            raise ValueError(f"two tensors of the model are called {name}")
-        named[name] = tensor
-    return named
+        yield path, prefixes[owner] + path.removeprefix(owner) if owner in prefixes else path, tensor

@@ -1,5 +1,6 @@
 """Bring tokens to their experts and back. On one rank that is a copy in expert order, within the experts' kernel."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -13,12 +14,18 @@ from moesaic.moe.routing import Plan
 class Dispatcher(Protocol):
     """Runs tokens through experts wherever those are, and adds up what comes back.
 
-    `y[t] = sum over the assignments of t of gate * row`, in a fixed order and fp32 or better. Sending, receiving and
-    the sum are one call, so that a dispatcher may leave out rows that nobody needs to see.
+    `y[t] = sum over the assignments of t of gate * row`, in a fixed order and fp32 or better, plus `shared(x)` where
+    there are shared experts, which may be computed while rows travel. Sending, receiving and the sum are one call, so
+    that a dispatcher may leave out rows that nobody needs to see.
     """
 
     def run(
-        self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan, experts: Experts
+        self,
+        x: Float[Tensor, "T D"],
+        gates: Float[Tensor, " R"],
+        plan: Plan,
+        experts: Experts,
+        shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T D"]: ...
 
 
@@ -26,6 +33,12 @@ class Local:
     """All experts are here."""
 
     def run(
-        self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan, experts: Experts
+        self,
+        x: Float[Tensor, "T D"],
+        gates: Float[Tensor, " R"],
+        plan: Plan,
+        experts: Experts,
+        shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T D"]:
-        return experts.mix(x, gates, plan)
+        y = experts.mix(x, gates, plan)
+        return y if shared is None else y + shared(x)

@@ -67,6 +67,10 @@ class Experts(nn.Module):
     def source(self) -> WeightSource:
         return self._source[0]
 
+    @source.setter
+    def source(self, source: WeightSource) -> None:
+        self._source = (source,)
+
     def mix(self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan) -> Float[Tensor, "T D"]:
         """The weighted sum of every token's experts, where all of them are here."""
         weights = self.source.weights(x.dtype)
@@ -74,5 +78,10 @@ class Experts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]) -> Float[Tensor, "N D"]:
         """The first `counts[0]` rows go through the first expert, and so on."""
-        weights = self.source.weights(rows.dtype)
+        return self.run(self.source.weights(rows.dtype), rows, counts)
+
+    def run(
+        self, weights: Weights, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
+    ) -> Float[Tensor, "N D"]:
+        """The same with weights at hand."""
         return expert_rows(rows, weights.w1, weights.w2, counts, kind=self.kind, backend=self.backend)

@@ -84,8 +84,7 @@ class MoE(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Each token's experts, weighted, plus the shared ones."""
         plan = make_plan(routing, self.config.num_experts, backend=self.experts.backend)
-        y = self.dispatcher.run(x, routing.weights, plan, self.experts)
-        return y if self.shared is None else y + self.shared(x)
+        return self.dispatcher.run(x, routing.weights, plan, self.experts, self.shared)
 
 
 def use_kernels(model: nn.Module, backend: Backend) -> None:

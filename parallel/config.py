@@ -15,6 +15,14 @@ class ParallelConfig:
     dp_shard: int | None = None
     """Ranks that share one copy's weights, gradients and optimizer state (FSDP). None: all that there are, divided by
     `dp_replicate`."""
+    experts: Literal["sharded", "owned"] = "sharded"
+    """`sharded`: experts are matrices like others, gathered for every layer. `owned`: each expert stays on one of the
+    `dp_shard` ranks, and tokens travel (expert parallelism)."""
+    max_rows: int | None = None
+    """Most rows that a rank takes in at once for its own experts; more come in several rounds, which cost a second
+    forward pass and bound the memory of a rank whose experts are popular. None: all at once."""
+    compare_plans: bool = False
+    """Have ranks compare where they would send tokens, at every layer; to find bugs."""
     cp: int = 1
     """Parts of one sequence."""
     tp: int = 1
@@ -29,6 +37,11 @@ class ParallelConfig:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ValueError(f"{axis}: {size} is not positive")
+        if self.max_rows is not None:
+            if self.max_rows < 1:
+                raise ValueError(f"max_rows: {self.max_rows} is not positive")
+            if self.experts != "owned":
+                raise ValueError(f"max_rows: {self.max_rows} needs experts: owned; without it no rows travel")
 
     def shards(self, world_size: int) -> int:
         """Ranks that share one copy."""

@@ -11,6 +11,7 @@ from moesaic.models.block import Block
 from moesaic.moe.experts import Experts
 from moesaic.moe.feedforward import FeedForward
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.own import own_experts
 from moesaic.parallel.ranks import Ranks
 from moesaic.parallel.shard import shard
 
@@ -45,6 +46,8 @@ def parallelize(
         for unit in units:
             compile_regions(unit)
     if ranks is not None and ranks.mesh is not None:
+        if config.experts == "owned":
+            own_experts(model, config, ranks)
         shard(model, units, ranks, dtype)
     return model
 

@@ -5,7 +5,7 @@ compute type, and one sum over all ranks at the end of a step is cheaper than ga
 reduction sums; the loss is divided by the global token count before the backward pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.slots import SlotTable
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -26,6 +27,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: tor
     """
     assert ranks.mesh is not None
     whole, shards = set(replicated_parameters(model)), ranks.mesh["dp_shard"].size()
+    whole |= {table.master for table in slot_tables(model)}  # never gathered
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for module in (*units, model):
@@ -53,6 +55,16 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.ndim < 2 or id(p) in of_routers]
 
 
+def slot_tables(model: nn.Module) -> list[SlotTable]:
+    """Where experts are owned: the tables that hold them."""
+    return [module for module in model.modules() if isinstance(module, SlotTable)]
+
+
+def owned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that hold this rank's own experts."""
+    return [table.master for table in slot_tables(model)]
+
+
 def reduce_on_backward(model: nn.Module, *, last: bool) -> None:
     """Sum gradients over ranks in this backward pass, or, where more micro-batches follow, only keep them."""
     if isinstance(model, FSDPModule):
@@ -61,9 +73,17 @@ def reduce_on_backward(model: nn.Module, *, last: bool) -> None:
 
 @torch.no_grad()
 def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
-    """Sum the gradients of replicated parameters over all ranks, in one message; call after the last backward pass."""
+    """Sum the gradients of replicated parameters over all ranks, in one message; call after the last backward pass.
+
+    Of experts that are owned, every copy of the model has its own tokens' gradients: they are summed over the copies.
+    """
     if ranks.mesh is None:
         return
+    for table in slot_tables(model):
+        if table.master.grad is None:  # no token came: an optimizer still decays
+            table.master.grad = torch.zeros_like(table.master)
+        if ranks.mesh["dp_replicate"].size() > 1:
+            dist.all_reduce(table.master.grad, group=ranks.mesh.get_group("dp_replicate"))
     parameters = replicated_parameters(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([grad.flatten() for grad in grads])
@@ -92,10 +112,17 @@ def window(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: list[Tensor], ranks: Ranks) -> float:
-    """Joint 2-norm of all gradients, whole and sharded, as if they lay on one rank."""
-    whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    parts = [local(p.grad) for p in parameters if isinstance(p.grad, DTensor)]
+def gradient_norm(parameters: list[Tensor], ranks: Ranks, owned: Collection[Tensor] = ()) -> float:
+    """Joint 2-norm of all gradients, whole and sharded, as if they lay on one rank. `owned` are the slot tables'.
+
+    `parameters` are those of the optimizer: a model's own are whole for a while after a forward pass.
+    """
+    elsewhere = {id(master) for master in owned}
+    whole, parts = [], []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            split = id(parameter) in elsewhere or isinstance(parameter.grad, DTensor)
+            (parts if split else whole).append(local(parameter.grad))
     norm = nn.utils.get_total_norm(whole) if whole else torch.zeros(())
     if ranks.mesh is None or not parts:
         return norm.item()

@@ -173,7 +173,7 @@ def test_counts_from_evaluation_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
 def test_clipping_by_the_local_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     true = steps.gradient_norm
 
-    def local(parameters: list[torch.Tensor], ranks: Ranks) -> float:
+    def local(parameters: list[torch.Tensor], ranks: Ranks, owned: object) -> float:
         return true(parameters, Ranks()) if ranks.size == 1 else 0.7 * true(parameters, ranks)
 
     monkeypatch.setattr(steps, "gradient_norm", local)

@@ -200,7 +200,7 @@ def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path) -> None:
         if last < 20:
             checkpoints.save(last, trainee.tensors(), {"done": last})
         checkpoints.wait()
-        return {name: full(t.detach()).clone() for name, t in logical_tensors(model).items()}, samples
+        return {name: full(t.detach(), ranks).clone() for name, t in logical_tensors(model).items()}, samples
 
     want, order = go(ALONE, 0, 20)
     for path in (tmp_path / "wide").glob("*"):

@@ -20,7 +20,8 @@ from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
-from moesaic.parallel.shard import gradient_norm
+from moesaic.parallel.shard import gradient_norm, owned_parameters
+from moesaic.parallel.slots import ExpertRows
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import step as steps
 from moesaic.train.assemble import Trainee, build_model
@@ -97,6 +98,8 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
     else:
         seen = run_ranks(lambda: observe(ranks_of(layout, "cpu"), small), ranks, timeout=timeout)
     words = [f"dp_replicate {layout.dp_replicate} x dp_shard {layout.shards(ranks)}"]
+    if layout.experts == "owned":
+        words += ["owned experts" + (f" in rounds of {layout.max_rows} rows" if layout.max_rows else "")]
     words += [f"{small.train.micro_batches} micro-batches"]
     words += [
         name for name, on in (("recompute", layout.recompute != "none"), ("compile", layout.compile)) if on
@@ -201,10 +204,11 @@ def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64)
         for layer, of_layer in sums.layers.items():
             found[f"counts layer{layer}"] = of_layer.counts.double()
             found |= {f"aux {name} layer{layer}": value for name, value in of_layer.aux.items()}
-        tensors = logical_tensors(model)
-        found |= {f"grad {n}": full(t.grad).clone() for n, t in tensors.items() if t.grad is not None}
+        grads = logical_tensors(model, lambda tensor: tensor.grad)
+        found |= {f"grad {n}": full(grad, ranks).clone() for n, grad in grads.items()}
         parameters = [p for group in trainee.optimizer.param_groups for p in group["params"]]
-        found["gradient norm"] = torch.tensor(gradient_norm(parameters, ranks))
+        norm = gradient_norm(parameters, ranks, owned_parameters(model))
+        found["gradient norm"] = torch.tensor(norm)
         evaluation = evaluate(model, [whole], trainee.compute, BYTES, ranks)
         found["held-out loss"] = torch.tensor(evaluation.loss)
         limits = replace(
@@ -220,7 +224,8 @@ def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64)
             rules=trainee.rules,
             ranks=ranks,
         )
-        found |= {f"after step {n}": full(t.detach()).clone() for n, t in logical_tensors(model).items()}
+        after = logical_tensors(model)
+        found |= {f"after step {n}": full(t.detach(), ranks).clone() for n, t in after.items()}
         seen.append(found)
     return seen
 
@@ -238,8 +243,11 @@ def build_model_wide(run: RunConfig, device: Device, ranks: Ranks, vocab: int = 
         torch.set_default_dtype(before)
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded."""
+def full(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The whole of a tensor that may be sharded, or belong to several owners; collective."""
+    if isinstance(tensor, ExpertRows):
+        assert ranks.mesh is not None
+        return tensor.whole(ranks.mesh.get_group("dp_shard"))
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

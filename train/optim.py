@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesaic.models.names import logical_tensors
+from moesaic.models.names import logical_parameters, logical_tensors
 from moesaic.parallel.shard import local
 
 
@@ -137,24 +137,29 @@ def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, An
 
     Raises ValueError for a rule that matches nothing.
     """
-    parameters = {n: t for n, t in logical_tensors(model).items() if isinstance(t, nn.Parameter)}
+    parameters = logical_parameters(model)
     unused = {rule.match for rule in config.groups}
-    members: dict[tuple[float, float, bool], list[Tensor]] = {}
+    rates: dict[Tensor, tuple[float, float]] = {}
+    named: dict[Tensor, str] = {}
     for name, parameter in parameters.items():
         rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), None)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         if rule is not None:
             unused.discard(rule.match)
             decay = decay if rule.weight_decay is None else rule.weight_decay
-        key = (
-            rule.lr if rule else 1.0,
-            decay,
-            isinstance(parameter, DTensor),
-        )  # fused kernels take one class at a time
-        members.setdefault(key, []).append(parameter)
+        found = (rule.lr if rule else 1.0, decay)
+        if rates.setdefault(parameter, found) != found:
+            raise ValueError(
+                f"optim.groups: {named[parameter]} and {name} get different rates, but lie in one table with "
+                "`parallel.experts: owned`; give the same to all banks whose experts have one shape"
+            )
+        named.setdefault(parameter, name)
     if unused:
         known = ", ".join(sorted(parameters)[:8])
         raise ValueError(f"optim.groups: {sorted(unused)} match no parameter; names are {known}, ...")
+    members: dict[tuple[float, float, bool], list[Tensor]] = {}
+    for parameter, found in rates.items():  # fused kernels take one class of tensors at a time
+        members.setdefault((*found, isinstance(parameter, DTensor)), []).append(parameter)
     return [
         {"params": found, "factor": factor, "weight_decay": decay}
         for (factor, decay, _), found in members.items()
@@ -184,12 +189,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under `optim.<kind of state>.<logical name>`."""
-    named = logical_tensors(model)
+    kinds = {kind for state in optimizer.state.values() for kind in state}
     return {
         f"optim.{kind}.{name}": state
-        for name, parameter in named.items()
-        if parameter in optimizer.state
-        for kind, state in optimizer.state[parameter].items()
+        for kind in sorted(kinds)
+        for name, state in logical_tensors(
+            model, lambda t, kind=kind: optimizer.state.get(t, {}).get(kind)
+        ).items()
     }
 
 

@@ -15,7 +15,7 @@ from moesaic.models.transformer import Output, Transformer
 from moesaic.moe.balance import AuxValue, aux_values, weighted
 from moesaic.moe.routing import Mode
 from moesaic.parallel.ranks import ALONE, Ranks
-from moesaic.parallel.shard import gradient_norm, reduce_on_backward, sum_replicated
+from moesaic.parallel.shard import gradient_norm, owned_parameters, reduce_on_backward, sum_replicated
 from moesaic.train.optim import AdamWConfig, clip_gradients, set_learning_rate
 from moesaic.train.rules import Rule, StepState
 
@@ -150,7 +150,7 @@ def update(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss = sums.loss.item() / sums.tokens
-    norm = gradient_norm(parameters, ranks)
+    norm = gradient_norm(parameters, ranks, owned_parameters(model))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
     if config.clip is not None:

@@ -1,0 +1,239 @@
+"""Expert parallelism: tokens travel to the ranks that have their experts, and the experts' outputs travel back.
+
+A layer exchanges counts first, the one moment at which the host waits; every rank then finds the same plan, and rows
+travel in one round, or in several where a rank would receive more than it has room for. What arrives is sorted by
+expert, and of an expert by source, so results do not depend on timing.
+
+Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E experts, M experts that are here, D width.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moesaic.kernels.combine import combine_rows, gather_rows
+from moesaic.moe.experts import Experts, Weights
+from moesaic.moe.routing import Plan
+from moesaic.parallel.placement import Round, Topology, digest, no_copies, rounds, token_plan
+
+
+class PlanError(RuntimeError):
+    """Ranks found different plans from what must be the same numbers."""
+
+
+@dataclass
+class Traffic:
+    """What a dispatcher has moved since it was last asked."""
+
+    rows: int = 0
+    """Rows that arrived here, this rank's own included."""
+    bytes_sent: int = 0
+    """To other ranks, forward and backward."""
+    seconds_waited: float = 0.0
+    """Until counts or rows were there."""
+
+
+@dataclass
+class AllToAll:
+    """Brings rows to the owners of their experts and back."""
+
+    group: dist.ProcessGroup
+    """Those who share the experts; nothing else travels in it."""
+    owners: tuple[int, ...]
+    """The owner of each of the layer's experts, by its rank in the group."""
+    topology: Topology
+    max_rows: int | None = None
+    """Most rows that a rank receives at once. More come in several rounds, which backward computes again."""
+    compare_plans: bool = False
+    """Have all ranks compare what they planned, at every layer."""
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def run(
+        self,
+        x: Float[Tensor, "T D"],
+        gates: Float[Tensor, " R"],
+        plan: Plan,
+        experts: Experts,
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "T D"]:
+        turns = self.plan(plan)
+        places = torch.from_numpy(np.concatenate([turn.taken.places() for turn in turns])).to(x.device)
+        where = torch.empty_like(places)  # of a row of the plan, among what is sent
+        where[places] = torch.arange(len(places), device=x.device)
+        where, tokens = where[plan.where], plan.tokens[places]
+        one_round = len(turns) == 1
+        per_token = plan.per_token
+        sent = gather_rows(x, tokens, where, plan.offsets, per_token=per_token)  # (R, D), in order of rounds
+        weights = experts.source.weights(x.dtype)
+        came_back, aside = [], None
+        for number, (turn, part) in enumerate(
+            zip(turns, sent.split([int(t.send.sum()) for t in turns]), strict=True)
+        ):
+            meanwhile = (lambda: shared(x)) if shared is not None and number == 0 else None
+            if one_round or not torch.is_grad_enabled():
+                rows, aside_now = self._round(part, weights, turn, experts, meanwhile)
+            else:
+                rows, aside_now = checkpoint(  # type: ignore[misc]
+                    self._round,
+                    part,
+                    weights,
+                    turn,
+                    experts,
+                    meanwhile,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            came_back.append(rows)
+            aside = aside_now if aside_now is not None else aside
+        back = came_back[0] if one_round else torch.cat(came_back)
+        y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token)
+        return y if aside is None else y + aside
+
+    def plan(self, plan: Plan) -> list[Round]:
+        """This rank's rounds, from everybody's counts. The host waits here, and nowhere else."""
+        ranks = self.topology.ranks
+        with self._waiting():
+            gathered = [torch.empty_like(plan.counts) for _ in range(ranks)]
+            dist.all_gather(gathered, plan.counts.contiguous(), group=self.group)
+            counts = torch.stack(gathered).cpu().numpy()
+        present = no_copies(self.owners, ranks)
+        tokens = token_plan(counts, present, self.topology)
+        if self.compare_plans:
+            self._compare(digest(counts, present, tokens))
+        rank = dist.get_rank(self.group)
+        found = rounds(tokens, present, rank, self.max_rows)
+        self.traffic.rows += int(tokens[:, :, rank].sum())
+        return found
+
+    def _round(
+        self,
+        sent: Tensor,
+        weights: Weights,
+        turn: Round,
+        experts: Experts,
+        meanwhile: Callable[[], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows to their experts and back, in the order in which they were sent; `meanwhile` runs while they travel."""
+        there = Travel(self, turn.send.tolist(), turn.receive.tolist())
+        arriving = there.start(sent)
+        aside = None if meanwhile is None else meanwhile()
+        arrived = there.finish(arriving)
+        order = torch.from_numpy(turn.sorted.places()).to(sent.device)
+        counts = torch.from_numpy(turn.counts).to(sent.device)
+        out = experts.run(weights, _Reorder.apply(arrived, order), counts)
+        out = _Reorder.apply(out, inverse(order))
+        back = Travel(self, turn.receive.tolist(), turn.send.tolist())
+        return back.finish(back.start(out)), aside
+
+    def _compare(self, mine: int) -> None:
+        found: list[Any] = [None] * self.topology.ranks
+        dist.all_gather_object(found, mine, group=self.group)
+        if len(set(found)) > 1:
+            raise PlanError(f"ranks planned differently for one layer: {found}; this is a bug in moesaic")
+
+    def _waiting(self) -> "_Clock":
+        return _Clock(self.traffic)
+
+
+class _Clock:
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.traffic.seconds_waited += time.perf_counter() - self.began
+
+
+class Travel:
+    """One exchange of rows, which other work can go on beside; its gradient travels the other way, likewise."""
+
+    def __init__(self, dispatcher: AllToAll, send: list[int], receive: list[int]) -> None:
+        self.dispatcher, self.send, self.receive = dispatcher, send, receive
+        self.returning: Tensor | None = None
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Begin to send; what is returned must not be read before `finish`."""
+        return _Depart.apply(rows, self)  # type: ignore[no-any-return]
+
+    def finish(self, arriving: Tensor) -> Tensor:
+        """What arrived."""
+        return _Arrive.apply(arriving, self)  # type: ignore[no-any-return]
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        group, traffic = self.dispatcher.group, self.dispatcher.traffic
+        own = dist.get_rank(group)
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        self.rows = rows  # kept until it has left
+        self.work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
+        traffic.bytes_sent += (sum(send) - send[own]) * rows.shape[1] * rows.element_size()
+        return out
+
+    def returned(self) -> Tensor:
+        """The gradient of what was sent."""
+        rows, self.returning = self.returning, None
+        assert rows is not None
+        return rows
+
+    def wait(self) -> None:
+        assert self.work is not None
+        with self.dispatcher._waiting():
+            self.work.wait()
+        del self.work, self.rows
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.exchange(rows, travel.send, travel.receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.travel.wait()
+        return ctx.travel.returned(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        travel.wait()
+        return arriving.view_as(arriving)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        travel = ctx.travel
+        travel.returning = travel.exchange(grads[0], travel.receive, travel.send)
+        return grads[0], None  # of the shape that autograd expects; what returns has another
+
+
+class _Reorder(torch.autograd.Function):
+    """`rows[order]` for a permutation: its gradient is another, so nothing is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse(order)), None
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes one."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back

@@ -1,0 +1,200 @@
+"""The slot table: everything that a rank owns of all banks, one expert per row.
+
+A row holds an expert's matrices one after the other, so that moving an expert is moving a row, and an elementwise
+optimizer sees one tensor. Outside, nobody sees rows: weights, gradients and optimizer state have logical names and
+shapes, those of whole banks (`banks.<name>.w1`, (E, G, F, D)), of which a rank holds some experts.
+
+Dims: S slots, L length of a row, E experts of a bank, M experts of it that a rank owns, G input matrices, F hidden
+width, D width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from moesaic.moe.experts import Bank, Weights
+
+
+class ExpertRows(torch.Tensor):
+    """A tensor of a whole bank, (E, ...), of which this rank holds some experts; `local` is a view of the slot table.
+
+    It knows how to be saved and loaded by `torch.distributed.checkpoint`, and nothing else.
+    """
+
+    local: Tensor
+    """(M, ...), ascending by expert."""
+    experts: tuple[int, ...]
+
+    @staticmethod
+    def __new__(cls, local: Tensor, experts: Sequence[int], num_experts: int) -> "ExpertRows":
+        shape = (num_experts, *local.shape[1:])
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=local.dtype, device=local.device, requires_grad=False
+        )
+        made.local, made.experts = local.detach(), tuple(experts)
+        return made
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"ExpertRows({tuple(self.shape)}, experts {self.experts})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} on the experts of one rank; use `local`")
+
+    def whole(self, group: dist.ProcessGroup) -> Tensor:
+        """The whole tensor, on every rank of the owners' group; collective."""
+        found = self.local.new_zeros(self.shape)
+        found[list(self.experts)] = self.local
+        dist.all_reduce(found, group=group)
+        return found
+
+    def runs(self) -> Iterator[tuple[int, Tensor]]:
+        """Consecutive experts: the first one's number, and their part of `local`."""
+        start = 0
+        for end in range(1, len(self.experts) + 1):
+            if end == len(self.experts) or self.experts[end] != self.experts[end - 1] + 1:
+                yield self.experts[start], self.local[start:end]
+                start = end
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, self._offsets(first)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(self._offsets(first), part.shape),
+                    properties=TensorProperties(dtype=self.dtype),
+                    size=self.size(),
+                ),
+            )
+            for first, part in self.runs()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(self._offsets(first), part.shape) for first, part in self.runs()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return next(part for first, part in self.runs() if first == index.offset[0])
+
+    def _offsets(self, expert: int) -> torch.Size:
+        return torch.Size((expert, *(0 for _ in self.shape[1:])))
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a rank owns of one bank, and where in the table."""
+
+    bank: str
+    num_experts: int
+    experts: tuple[int, ...]
+    """Ascending."""
+    first: int
+    """Slot of the first; the others follow."""
+
+
+class SlotTable(nn.Module):
+    """Master weights of the experts that this rank owns, of all banks whose experts have one shape."""
+
+    def __init__(self, shape: torch.Size, out: torch.Size, owned: Sequence[Owned], like: Tensor) -> None:
+        """`shape` and `out` are those of one expert's w1, (G, F, D), and w2, (D, F)."""
+        super().__init__()
+        self.shape, self.out = shape, out
+        self.owned = {part.bank: part for part in owned}
+        slots = sum(len(part.experts) for part in owned)
+        self.master = nn.Parameter(like.new_empty(slots, shape.numel() + out.numel()))
+
+    def logical(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The master, or a tensor that goes with it, by logical name. A single number goes with every name."""
+        named: dict[str, Tensor] = {}
+        for part in self.owned.values():
+            for name, begin, shape in (("w1", 0, self.shape), ("w2", self.shape.numel(), self.out)):
+                rows = tensor
+                if tensor.ndim:
+                    here = slice(part.first, part.first + len(part.experts))
+                    rows = tensor.detach()[here, begin : begin + shape.numel()].unflatten(1, shape)
+                    rows = ExpertRows(rows, part.experts, part.num_experts)
+                named[f"banks.{part.bank}.{name}"] = rows
+        return named
+
+    def each(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Every matrix of every expert that is here: logical name of its tensor, number of the expert, values."""
+        for name, rows in self.logical(self.master).items():
+            assert isinstance(rows, ExpertRows)
+            for expert, matrix in zip(rows.experts, rows.local.unbind(), strict=True):
+                yield name, expert, matrix
+
+    def weights(self, bank: str, dtype: torch.dtype) -> Weights:
+        """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
+        return Weights(*_Copy.apply(self.master, self, self.owned[bank], dtype))  # type: ignore[misc]
+
+
+class _Copy(torch.autograd.Function):
+    """Owned rows as matrices. Backward adds to the table's gradient in place, and to this bank's rows only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, master: Tensor, table: SlotTable, part: Owned, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.table, ctx.part = table, part
+        rows = master[part.first : part.first + len(part.experts)]
+        cut = table.shape.numel()
+        w1 = rows[:, :cut].to(dtype).reshape(-1, *table.shape)
+        return w1.contiguous(), rows[:, cut:].to(dtype).reshape(-1, *table.out).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        table, part = ctx.table, ctx.part
+        if table.master.grad is None:
+            table.master.grad = torch.zeros_like(table.master)
+        rows = table.master.grad[part.first : part.first + len(part.experts)]
+        cut = table.shape.numel()
+        for box, grad in ((rows[:, :cut], grads[0]), (rows[:, cut:], grads[1])):
+            if grad is not None:
+                box += grad.flatten(1)
+        return None, None, None, None
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """The weight source of a layer whose experts lie in a slot table."""
+
+    table: SlotTable
+    bank: str
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        return self.table.weights(self.bank, dtype)
+
+
+def take_banks(banks: Sequence[Bank], experts_of: Callable[[str], tuple[int, ...]]) -> list[SlotTable]:
+    """Slot tables in place of these banks' own parameters: one table per shape of an expert.
+
+    The banks keep their names and lose their weights. Values are not copied: tables are to be initialised or loaded.
+    """
+    groups: dict[tuple[torch.Size, torch.Size], list[Bank]] = {}
+    for bank in banks:
+        groups.setdefault((bank.w1.shape[1:], bank.w2.shape[1:]), []).append(bank)
+    tables = []
+    for (shape, out), members in groups.items():
+        owned, first = [], 0
+        for bank in members:
+            experts = experts_of(bank.name)
+            owned.append(Owned(bank.name, bank.num_experts, experts, first))
+            first += len(experts)
+        tables.append(SlotTable(shape, out, owned, members[0].w1.detach()))
+        for bank in members:
+            bank.register_parameter("w1", None)
+            bank.register_parameter("w2", None)
+    return tables
