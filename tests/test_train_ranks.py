@@ -68,8 +68,14 @@ def column(found: list[dict[str, Any]], key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in found if key in record}
 
 
-def test_a_run_resumed_on_other_numbers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny(tmp_path)
+LAYOUTS = [[], ["parallel.experts=owned", "parallel.max_rows=100"]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_run_resumed_on_other_numbers_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: list[str]
+) -> None:
+    run = tiny(tmp_path, *layout)
     whole = train(replace(run, name="whole"), 1)
     true = Loop.agree
     for ranks, last in ((1, 6), (2, 12), (4, 18), (1, 24)):
@@ -159,8 +165,9 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: 
     assert "(rank 1)" in (folder / "log.txt").read_text()
 
 
-def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path) -> None:
-    run = tiny(tmp_path, "train.steps=20")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: list[str]) -> None:
+    run = tiny(tmp_path, "train.steps=20", *layout)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 3000).astype(np.uint32)
 
     def go(ranks: Ranks, first: int, last: int) -> tuple[dict[str, torch.Tensor], list[int]]:
