@@ -29,10 +29,11 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("pretended", [8, 64], indirect=True)
 @pytest.mark.parametrize("name", ["moe_1b", "moe_16b"])
+@pytest.mark.parametrize("experts", ["sharded", "owned"])
 def test_weights_of_a_rank_of_a_large_model(
-    name: str, pretended: int, monkeypatch: pytest.MonkeyPatch
+    name: str, experts: str, pretended: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = read_run(name, world_size=pretended)
+    run = read_run(name, [f"parallel.experts={experts}"], world_size=pretended)
     vocab = vocab_of(run.data)
     monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)  # tracing so many layers takes seconds
     monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
@@ -41,7 +42,7 @@ def test_weights_of_a_rank_of_a_large_model(
     )
     parameters = sum(local(p.detach()).numel() * p.element_size() for p in model.parameters())
     assert estimate(run, vocab, ranks=pretended)["gradients"] == parameters
-    whole = 4 * sum(p.numel() for p in model.parameters())
+    whole = 4 * sum(p.numel() for p in meta_model(run.model, vocab).parameters())
     assert whole / pretended <= parameters < 1.2 * whole / pretended
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.data.loader import Batch
@@ -12,7 +12,10 @@ from moesaic.kernels.cross_entropy import CHUNK
 from moesaic.models.accounting import meta_model
 from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
+from moesaic.moe.experts import Bank
+from moesaic.moe.layer import MoE
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.placement import even_owners
 from moesaic.parallel.shard import replicated_parameters, shard_dim
 from moesaic.train.config import RunConfig
 from moesaic.train.step import Compute
@@ -32,9 +35,14 @@ def estimate(
     model = meta_model(run.model, vocab)
     shards = run.parallel.shards(ranks)
     whole = {id(parameter) for parameter in replicated_parameters(model)}
+    owned = (
+        {id(p) for p in bank_parameters(model)} if run.parallel.experts == "owned" and shards > 1 else set()
+    )
 
     def share(tensor: Tensor) -> int:
         """Bytes of this rank's part."""
+        if id(tensor) in owned:
+            return 0
         size = tensor.numel() * tensor.element_size()
         if id(tensor) in whole or shards == 1:
             return size
@@ -42,6 +50,8 @@ def estimate(
         return size // length * -(-length // shards)
 
     gradients = sum(share(parameter) for parameter in model.parameters())
+    if owned:
+        gradients += owned_bytes(model, shards)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     width = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
     rows = -(-run.micro_batch_rows // ranks)
@@ -53,8 +63,36 @@ def estimate(
         "logits": min(CHUNK, rows * run.data.seq_len) * vocab * width,
     }
     if ranks > 1:
-        found["gathered"] = gathered_bytes(model, whole, dtype)
+        found["gathered"] = gathered_bytes(model, whole | owned, dtype)
+    if owned and run.parallel.recompute == "none":
+        found["activations"] += travelling_bytes(model, rows * run.data.seq_len, dtype)
     return found
+
+
+def bank_parameters(model: Transformer) -> list[nn.Parameter]:
+    """The experts' matrices."""
+    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    return [parameter for bank in banks for parameter in bank.parameters()]
+
+
+def owned_bytes(model: Transformer, ranks: int) -> int:
+    """Experts of the rank that owns most of them."""
+    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    sizes = {
+        bank.name: sum(p.numel() * p.element_size() for p in bank.parameters()) // bank.num_experts
+        for bank in banks
+    }
+    owners = even_owners({bank.name: bank.num_experts for bank in banks}, ranks)
+    return max(
+        sum(size * len(owners.experts(name, rank)) for name, size in sizes.items()) for rank in range(ranks)
+    )
+
+
+def travelling_bytes(model: Transformer, tokens: int, dtype: torch.dtype) -> int:
+    """Rows that came to this rank's experts, and their outputs as they returned, which backward reads; at balance."""
+    sparse = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
+    rows = sum(tokens * ffn.router.config.k for ffn in sparse)
+    return 2 * rows * model.config.dim * (torch.finfo(dtype).bits // 8)
 
 
 def gathered_bytes(model: Transformer, whole: set[int], dtype: torch.dtype) -> int:
