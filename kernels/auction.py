@@ -21,9 +21,9 @@ BITS = 28
 """The largest difference within a row is 2^BITS: sums of a few such numbers fit into 32 bits."""
 LEVELS = 12
 """How often the dither is halved."""
-PER_LEVEL = 4
+PER_LEVEL = 2
 """Price rounds for each of them."""
-ROUNDS = 32
+ROUNDS = 24
 """Price rounds without dither."""
 PRICE_LIMIT = 1 << 29
 FAR = 1 << 30
@@ -168,15 +168,13 @@ def _repair(
     """
     experts = values.shape[1]
     index = torch.arange(experts)
-    while True:
-        count = choice.bincount(minlength=experts)
-        over = count - quota
-        if not over.any():
-            return choice
-        loss = values.gather(1, choice[:, None]) - values
-        cost = torch.full((experts, experts), FAR)
-        cost.scatter_reduce_(0, choice[:, None].expand_as(loss), loss, "amin")
-        cost[count == 0] = 2 * UNREACHED
+    count = choice.bincount(minlength=experts)
+    cost = torch.full((experts, experts), FAR)  # of the cheapest move from one to another
+    changed = index.tolist()
+    while (over := count - quota).any():
+        for e in changed:
+            members = values[choice == e]
+            cost[e] = (members[:, e : e + 1] - members).amin(0) if len(members) else 2 * UNREACHED
         distance = torch.where(over > 0, 0, UNREACHED)
         parent = torch.full((experts,), -1)
         while True:  # Bellman-Ford
@@ -188,12 +186,19 @@ def _repair(
             distance = torch.where(better, reached, distance)
             parent = torch.where(better, key % experts, parent)
         sink = int(torch.where(over < 0, distance * experts + index, UNREACHED * experts).argmin())
-        parents, path = parent.tolist(), [sink]
-        while parents[path[-1]] >= 0:
-            path.append(parents[path[-1]])
-        edges = list(zip(path[1:], path, strict=False))
-        fitting = [((choice == e) & (loss[:, f] == cost[e, f])).nonzero().flatten() for e, f in edges]
-        moved = min(int(over[path[-1]]), int(-over[sink]), *map(len, fitting))
+        parents, changed = parent.tolist(), [sink]
+        while parents[changed[-1]] >= 0:
+            changed.append(parents[changed[-1]])
+        source = changed[-1]
+        edges = list(zip(changed[1:], changed, strict=False))
+        fitting = [
+            ((choice == e) & (values[:, e] - values[:, f] == cost[e, f])).nonzero().flatten()
+            for e, f in edges
+        ]
+        moved = min(int(over[source]), int(-over[sink]), *map(len, fitting))
         choice = choice.clone()
         for (_, f), tokens in zip(edges, fitting, strict=True):
             choice[tokens[:moved]] = f
+        count[source] -= moved
+        count[sink] += moved
+    return choice

@@ -93,36 +93,38 @@ template <class T> void load(Problem& p, const T* scores, int64_t stride, int le
     p.scale = typical(p);
 }
 
-// Every token to its best expert at these prices, the first of equal ones; how many too many there are in all.
-inline int64_t choose(Problem& p, const std::vector<int32_t>& price, int32_t dither) {
-    const int64_t experts = p.experts, threads = p.threads;
+// The expert of the largest net value, the first of equal ones; `net` is scratch for a row.
+template <bool DITHERED>
+inline int32_t best_expert(const int32_t* row, const int32_t* price, const int8_t* noise, int32_t dither, int32_t* net,
+                           int32_t experts) {
+    int32_t best = INT32_MIN, first = INT32_MAX;
+#pragma omp simd reduction(max : best)
+    for (int32_t e = 0; e < experts; ++e) {
+        const int32_t x = row[e] - price[e] + (DITHERED ? noise[e] * dither : 0);
+        net[e] = x;
+        best = x > best ? x : best;
+    }
+#pragma omp simd reduction(min : first)
+    for (int32_t e = 0; e < experts; ++e) {
+        const int32_t at = net[e] == best ? e : INT32_MAX;
+        first = at < first ? at : first;
+    }
+    return first;
+}
+
+// Every token to its best expert at these prices; how many too many there are in all.
+inline int64_t choose(Problem& p, const std::vector<int32_t>& prices, int32_t dither) {
+    const int64_t tokens = p.tokens, experts = p.experts, threads = p.threads;
+    const int32_t* price = prices.data();
     PARALLEL_FOR
-    for (int64_t first = 0; first < p.tokens; first += BLOCK) {
+    for (int64_t block = 0; block < blocks_of(tokens); ++block) {
         std::vector<int32_t> net(experts);
-        for (int64_t t = first; t < std::min(first + BLOCK, p.tokens); ++t) {
+        for (int64_t t = block * BLOCK; t < std::min(block * BLOCK + BLOCK, tokens); ++t) {
             const int32_t* row = p.value.data() + t * experts;
             const int8_t* noise = p.dither.data() + t * experts;
-            int32_t best = INT32_MIN;
-            if (dither) {
-#pragma omp simd reduction(max : best)
-                for (int64_t e = 0; e < experts; ++e) {
-                    net[e] = row[e] - price[e] + noise[e] * dither;
-                    best = net[e] > best ? net[e] : best;
-                }
-            } else {
-#pragma omp simd reduction(max : best)
-                for (int64_t e = 0; e < experts; ++e) {
-                    net[e] = row[e] - price[e];
-                    best = net[e] > best ? net[e] : best;
-                }
-            }
-            int32_t chosen = INT32_MAX;
-#pragma omp simd reduction(min : chosen)
-            for (int32_t e = 0; e < static_cast<int32_t>(experts); ++e) {
-                const int32_t at = net[e] == best ? e : INT32_MAX;
-                chosen = at < chosen ? at : chosen;
-            }
-            p.choice[t] = chosen;
+            const int32_t width = static_cast<int32_t>(experts);
+            p.choice[t] = dither ? best_expert<true>(row, price, noise, dither, net.data(), width)
+                                 : best_expert<false>(row, price, noise, 0, net.data(), width);
         }
     }
     std::fill(p.count.begin(), p.count.end(), 0);
