@@ -19,7 +19,7 @@ from moesaic.kernels.backend import Backend, engine
 
 BITS = 28
 """The largest difference within a row is 2^BITS: sums of a few such numbers fit into 32 bits."""
-LEVELS = 12
+LEVELS = 18
 """How often the dither is halved."""
 PER_LEVEL = 2
 """Price rounds for each of them."""
@@ -142,10 +142,10 @@ def _prices(values: Int[Tensor, "T E"], quota: Int[Tensor, " E"]) -> Int[Tensor,
         dithered = values + dither * (amplitude >> 8)
         for _ in range(PER_LEVEL):
             chosen = count(_choose(dithered, price))
-            change = (amplitude * (chosen - quota)).div(chosen + quota, rounding_mode="trunc")
+            change = (amplitude * (chosen - quota)).div(2 * (chosen + quota), rounding_mode="trunc")
             price = (price + change).clamp(-PRICE_LIMIT, PRICE_LIMIT)
     best, fewest = price, torch.full_like(scale, values.shape[0] + 1)
-    step, last = (scale >> 6).clamp_min(1).expand_as(quota), torch.zeros_like(quota)
+    step, last = (scale >> 10).clamp_min(1).expand_as(quota), torch.zeros_like(quota)
     for _ in range(ROUNDS):
         over = count(_choose(values, price)) - quota
         excess, sign = over.clamp_min(0).sum(), over.sign()

@@ -148,11 +148,11 @@ inline std::vector<int32_t> prices(Problem& p, int64_t levels, int64_t per_level
             choose(p, price, static_cast<int32_t>(amplitude >> 8));
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t over = p.count[e] - p.quota[e];
-                price[e] = clamped(price[e] + amplitude * over / (p.count[e] + p.quota[e]));
+                price[e] = clamped(price[e] + amplitude * over / (2 * (p.count[e] + p.quota[e])));
             }
         }
     }
-    std::vector<int32_t> best = price, step(experts, std::max(p.scale >> 6, 1)), last(experts, 0);
+    std::vector<int32_t> best = price, step(experts, std::max(p.scale >> 10, 1)), last(experts, 0);
     int64_t fewest = INT64_MAX;
     for (int64_t round = 0; round < rounds && fewest; ++round) {
         const int64_t excess = choose(p, price, 0);
@@ -170,12 +170,13 @@ inline std::vector<int32_t> prices(Problem& p, int64_t levels, int64_t per_level
     return best;
 }
 
+using Members = std::vector<int64_t>;  // tokens of an expert, in order
+
 // What the cheapest move from expert e to every other one costs.
-inline void transfer(const Problem& p, int64_t e, int32_t* cost) {
+inline void transfer(const Problem& p, const Members& members, int64_t e, int32_t* cost) {
     const int64_t experts = p.experts;
     std::fill(cost, cost + experts, FAR);
-    for (int64_t t = 0; t < p.tokens; ++t) {
-        if (p.choice[t] != e) continue;
+    for (int64_t t : members) {
         const int32_t* row = p.value.data() + t * experts;
         const int32_t own = row[e];
 #pragma omp simd
@@ -192,9 +193,11 @@ inline void repair(Problem& p) {
     int64_t excess = 0;
     for (int64_t e = 0; e < experts; ++e) excess += std::max<int64_t>(p.count[e] - p.quota[e], 0);
     if (!excess) return;
+    std::vector<Members> members(experts);
+    for (int64_t t = 0; t < p.tokens; ++t) members[p.choice[t]].push_back(t);
     std::vector<int32_t> cost(experts * experts);
     PARALLEL_FOR
-    for (int64_t e = 0; e < experts; ++e) transfer(p, e, cost.data() + e * experts);
+    for (int64_t e = 0; e < experts; ++e) transfer(p, members[e], e, cost.data() + e * experts);
     std::vector<int64_t> distance(experts), next(experts), parent(experts), from(experts), path;
     std::vector<char> changed(experts), changing(experts);
     while (excess) {
@@ -233,23 +236,32 @@ inline void repair(Problem& p) {
         int64_t moved = std::min(p.count[source] - p.quota[source], p.quota[sink] - p.count[sink]);
         const auto fits = [&](int64_t t, int64_t e, int64_t f) {
             const int32_t* row = p.value.data() + t * experts;
-            return p.choice[t] == e && row[e] - row[f] == cost[e * experts + f];
+            return row[e] - row[f] == cost[e * experts + f];
         };
         for (size_t i = 0; i + 1 < path.size() && moved > 1; ++i) {  // at least one token fits
             int64_t fitting = 0;
-            for (int64_t t = 0; t < p.tokens; ++t) fitting += fits(t, path[i + 1], path[i]);
+            for (int64_t t : members[path[i + 1]]) fitting += fits(t, path[i + 1], path[i]);
             moved = std::min(moved, fitting);
         }
         for (size_t i = 0; i + 1 < path.size(); ++i) {  // from the sink backwards: nobody moves twice
+            Members &here = members[path[i + 1]], &there = members[path[i]], staying;
+            const int64_t before = static_cast<int64_t>(there.size());
             int64_t left = moved;
-            for (int64_t t = 0; left && t < p.tokens; ++t)
-                if (fits(t, path[i + 1], path[i])) p.choice[t] = path[i], --left;
+            for (int64_t t : here) {
+                const bool goes = left > 0 && fits(t, path[i + 1], path[i]);
+                (goes ? there : staying).push_back(t);
+                left -= goes;
+            }
+            std::inplace_merge(there.begin(), there.begin() + before, there.end());
+            here.swap(staying);
         }
         p.count[source] -= moved;
         p.count[sink] += moved;
         excess -= moved;
-        for (int64_t e : path) transfer(p, e, cost.data() + e * experts);
+        for (int64_t e : path) transfer(p, members[e], e, cost.data() + e * experts);
     }
+    for (int64_t e = 0; e < experts; ++e)
+        for (int64_t t : members[e]) p.choice[t] = e;
 }
 
 template <class T>

@@ -27,7 +27,7 @@ KINDS = (
 """Kind of the round before, and of the round, one by one."""
 TILE = 4096
 """Scores that a program holds at once."""
-SCAN = 1024
+SCAN = 2048
 """Tokens that the repair looks at together."""
 
 
@@ -57,7 +57,7 @@ def round_kernel(
     wanted = tl.load(quota + e, mask=inside, other=0)
     typical = tl.load(scale)
     price = tl.zeros((BLOCK_E,), tl.int32)
-    step = tl.zeros((BLOCK_E,), tl.int32) + tl.maximum(typical >> 6, 1)
+    step = tl.zeros((BLOCK_E,), tl.int32) + tl.maximum(typical >> 10, 1)
     last = tl.zeros((BLOCK_E,), tl.int32)
     least = T + 1
     best = price
@@ -68,7 +68,7 @@ def round_kernel(
         over = count - wanted
         if BEFORE == 1:
             amplitude = tl.maximum(typical >> ((turn - 1) // PER_LEVEL), 1).to(tl.int64)
-            size = (amplitude * tl.abs(over) // tl.maximum(count + wanted, 1)).to(tl.int32)
+            size = (amplitude * tl.abs(over) // tl.maximum(2 * (count + wanted), 1)).to(tl.int32)
             change = tl.where(over < 0, -size, size)
             best = price
         else:
@@ -202,21 +202,25 @@ def repair_kernel(
         tl.debug_barrier()
         nearest = tl.min(tl.where(count < wanted, distance, 2 * UNREACHED) * BLOCK_E + e)
         sink = (nearest & (BLOCK_E - 1)).to(tl.int32)
-        # how many tokens can go along the path together
         source = sink
         before = tl.load(parents + sink)
-        moved = excess
         while before >= 0:
-            loss = tl.load(cost + before.to(tl.int64) * E + source)
-            fitting = tl.zeros((SCAN,), tl.int32)
-            for i in range(0, T, SCAN):
-                fits = _fits(values, choice, i + tl.arange(0, SCAN), T, E, before, source, loss)
-                fitting += fits.to(tl.int32)
-            moved = tl.minimum(moved, tl.sum(fitting))
             source = before
             before = tl.load(parents + source)
-        moved = tl.minimum(moved, tl.sum(tl.where(e == source, count - wanted, 0)))
+        # how many tokens can go along the path together: at least one
+        moved = tl.sum(tl.where(e == source, count - wanted, 0))
         moved = tl.minimum(moved, tl.sum(tl.where(e == sink, wanted - count, 0)))
+        to = sink
+        before = tl.load(parents + sink)
+        while (before >= 0) & (moved > 1):
+            loss = tl.load(cost + before.to(tl.int64) * E + to)
+            fitting = tl.zeros((SCAN,), tl.int32)
+            for i in range(0, T, SCAN):
+                fits = _fits(values, choice, i + tl.arange(0, SCAN), T, E, before, to, loss)
+                fitting += fits.to(tl.int32)
+            moved = tl.minimum(moved, tl.sum(fitting))
+            to = before
+            before = tl.load(parents + to)
         # from the sink backwards, so that nobody moves twice
         to = sink
         before = tl.load(parents + sink)
