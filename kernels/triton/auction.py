@@ -6,6 +6,8 @@ exact quotas return at once, and so does the repair where there is nothing to mo
 Dims: T tokens, E experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,8 @@ TILE = 4096
 """Scores that a program holds at once."""
 SCAN = 2048
 """Tokens that the repair looks at together."""
+WARPS = 8
+LAUNCH: dict[str, Any] = {"num_warps": WARPS}
 
 
 @triton.jit(do_not_specialize=["turn"])
@@ -108,13 +112,17 @@ def round_kernel(
         first = tl.min(tl.where(net == top[:, None], e[None, :], BLOCK_E), axis=1)
         chosen = (first[:, None] == e[None, :]) & mask
         count = tl.sum(chosen.to(tl.int32), axis=0)
-        tl.atomic_add(counts + turn * E + e, count, mask=inside & (count > 0))  # integers: any order is the same
+        tl.atomic_add(
+            counts + turn * E + e, count, mask=inside & (count > 0)
+        )  # integers: any order is the same
         if KIND == 3:
             tl.store(choice + t, first, mask=t < T)
 
 
 @triton.jit
-def _cheapest(values, tokens, begin, end, expert, E, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+def _cheapest(
+    values, tokens, begin, end, expert, E, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """What the cheapest move to every expert costs, for the tokens of `expert` listed from begin to end."""
     e = tl.arange(0, BLOCK_E)
     cost = tl.full((BLOCK_E,), FAR, tl.int32)
@@ -265,38 +273,36 @@ def assign(
     dither = dither.to(torch.int8).contiguous()
     state, fewest = values.new_empty(len(KINDS), 4, E), values.new_empty(len(KINDS))
     counts, choice = values.new_zeros(len(KINDS), E), values.new_empty(T)
-    sizes = _sizes(E)
-    tokens = TILE // sizes["BLOCK_E"]
+    tokens = _sizes(E)["ROWS"]
     with torch.cuda.device_of(values):
         for turn, (before, kind) in enumerate(KINDS):
             round_kernel[(triton.cdiv(T, tokens),)](
                 values, dither, quota, scale, state, counts, fewest, choice, turn, T, E,
-                BEFORE=before, KIND=kind, num_warps=WARPS, **_round_constants(E),
+                **_round_constants(E, before, kind), **LAUNCH,
             )  # fmt: skip
         count = counts[-1]
         order = choice.argsort(stable=True).int()
         offsets = torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
         cost = values.new_empty(E, E)
-        cost_kernel[(E,)](values, order, offsets, cost, E, FAR=FAR, num_warps=WARPS, **sizes)
+        cost_kernel[(E,)](values, order, offsets, cost, E, **_cost_constants(E), **LAUNCH)
         distances, parents = values.new_empty(E, dtype=torch.int64), values.new_empty(E)
         repair_kernel[(1,)](
             values, choice, quota, count, cost, distances, parents, order, T, E,
-            num_warps=WARPS, **_repair_constants(E),
+            **_repair_constants(E), **LAUNCH,
         )  # fmt: skip
     return choice.long()
 
 
-WARPS = 8
-
-
 def _sizes(experts: int) -> dict[str, int]:
-    block = max(triton.next_power_of_2(experts), 2)
+    block = max(1 << (experts - 1).bit_length(), 2)
     return {"BLOCK_E": block, "ROWS": max(TILE // block, 1)}
 
 
-def _round_constants(experts: int) -> dict[str, int]:
+def _round_constants(experts: int, before: int, kind: int) -> dict[str, int]:
     sizes = _sizes(experts)
     return {
+        "BEFORE": before,
+        "KIND": kind,
         "PER_LEVEL": PER_LEVEL,
         "PRICE_LIMIT": PRICE_LIMIT,
         "BLOCK_T": sizes["ROWS"],
@@ -304,10 +310,13 @@ def _round_constants(experts: int) -> dict[str, int]:
     }
 
 
+def _cost_constants(experts: int) -> dict[str, int]:
+    return {"FAR": FAR, **_sizes(experts)}
+
+
 def _repair_constants(experts: int) -> dict[str, int]:
-    sizes = _sizes(experts)
-    log = sizes["BLOCK_E"].bit_length() - 1
-    return {"FAR": FAR, "UNREACHED": UNREACHED, "SCAN": SCAN, "LOG_E": log, **sizes}
+    log = _sizes(experts)["BLOCK_E"].bit_length() - 1
+    return {"UNREACHED": UNREACHED, "SCAN": SCAN, "LOG_E": log, **_cost_constants(experts)}
 
 
 def variants() -> list[Variant]:
@@ -315,16 +324,18 @@ def variants() -> list[Variant]:
     round_types = dict.fromkeys(["values", "quota", "scale", "state", "counts", "fewest", "choice"], "*i32")
     round_types |= {"dither": "*i8", "turn": "i32", "T": "i32", "E": "i32"}
     cost_types = dict.fromkeys(["values", "tokens", "offsets", "cost"], "*i32") | {"E": "i32"}
-    repair_types = dict.fromkeys(["values", "choice", "quota", "counts", "cost", "parents", "members"], "*i32")
+    repair_types = dict.fromkeys(
+        ["values", "choice", "quota", "counts", "cost", "parents", "members"], "*i32"
+    )
     repair_types |= {"distances": "*i64", "T": "i32", "E": "i32"}
     aligned = frozenset(["T", "E"])
     made = []
     for experts in (16, 64, 128, 512):
         for before, kind in sorted(set(KINDS)):
-            constants = {**_round_constants(experts), "BEFORE": before, "KIND": kind}
+            constants = _round_constants(experts, before, kind)
             name = f"auction_round_{before}{kind}_e{experts}"
             made.append(Variant(name, round_kernel, round_types, constants, WARPS, aligned=aligned))
-        constants = {**_sizes(experts), "FAR": FAR}
+        constants = _cost_constants(experts)
         name = f"auction_cost_e{experts}"
         made.append(Variant(name, cost_kernel, cost_types, constants, WARPS, aligned=aligned))
         constants = _repair_constants(experts)
