@@ -29,8 +29,8 @@ def weighted_bag(
 ) -> Float[Tensor, "T D"]:
     """`y[t] = sum of weights[t, s] * table[slots[t, s]]`, in the table's type, summed in fp32 or better in order of s.
 
-    A slot that occurs twice counts twice. The table's gradient is dense, (N, D), or with `sparse_grad` a coalesced sparse
-    tensor of the rows that were read, whose cost does not depend on N. That path cannot be compiled, and on an
+    A slot that occurs twice counts twice. The table's gradient is dense, (N, D), or with `sparse_grad` a coalesced
+    sparse tensor of the rows that were read, whose cost does not depend on N. That path cannot be compiled, and on an
     accelerator its backward pass waits for the number of rows. Slots are int64 in 0 to N - 1: others raise IndexError
     on CPUs and are not looked for on GPUs. Raises ValueError where shapes do not fit.
     Source: the sum over slots of arXiv:1907.05242, section 3.1; the reverse index of arXiv:2412.09764.
@@ -104,9 +104,7 @@ def check_table(op: str, table: Tensor, slots: Tensor, weights: Tensor) -> None:
     if slots.dtype != torch.int64:
         raise ValueError(f"{op}: slots must be int64, not {slots.dtype}")
     if weights.shape != slots.shape:
-        raise ValueError(
-            f"{op}: weights {(*weights.shape,)} must have the shape of slots {(*slots.shape,)}"
-        )
+        raise ValueError(f"{op}: weights {(*weights.shape,)} must have the shape of slots {(*slots.shape,)}")
 
 
 def check_slots(slots: Tensor, num_rows: int) -> None:

@@ -7,7 +7,7 @@ again.
 Dims: T tokens, S slots per token, N neurons, D width.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def neuron_mix(
 ) -> Float[Tensor, "T D"]:
     """`y[t] = sum of weights[t, s] * gelu(x[t] . u[i]) * v[i]` over `i = slots[t, s]`, in the type of x.
 
-    Sums and the activation (`gelu` by the error function) are in fp32 or better; the tables may have another type than x,
-    both the same. A slot that occurs twice counts twice. The gradients of u and v are dense, (N, D), or with
+    Sums and the activation (`gelu` by the error function) are in fp32 or better; the tables may have another type than
+    x, both the same. A slot that occurs twice counts twice. The gradients of u and v are dense, (N, D), or with
     `sparse_grad` coalesced sparse tensors of the rows that were read, whose cost does not depend on N. That path cannot
     be compiled, and on an accelerator its backward pass waits for the number of rows. Slots are int64 in 0 to N - 1:
     others raise IndexError on CPUs and are not looked for on GPUs. Raises ValueError where shapes do not fit.
@@ -44,12 +44,14 @@ def neuron_mix(
     """
     check_table("neuron_mix", u, slots, weights)
     if u.shape != v.shape or u.dtype != v.dtype:
-        raise ValueError(
-            f"neuron_mix: u {u.dtype} {(*u.shape,)} and v {v.dtype} {(*v.shape,)} must be alike"
-        )
+        raise ValueError(f"neuron_mix: u {u.dtype} {(*u.shape,)} and v {v.dtype} {(*v.shape,)} must be alike")
     if x.shape != (slots.shape[0], u.shape[1]):
         raise ValueError(
             f"neuron_mix: x must be {(slots.shape[0], u.shape[1])} for these slots and tables, not {(*x.shape,)}"
+        )
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"neuron_mix: no activation {activation!r}; there are {', '.join(get_args(Activation))}"
         )
     if sparse_grad:
         return _SparseMix.apply(x, u, v, slots, weights, activation, backend)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch import Tensor
 from moesaic.kernels import native
 from moesaic.kernels.backend import Backend, Engine, engine
 from moesaic.kernels.combine import accumulation_dtype
+from moesaic.kernels.pages import ask_for_large_pages
 
 
 @torch.library.custom_op("moesaic::row_sums", mutates_args=())
@@ -86,9 +87,12 @@ def touched_row_sums(
     for source, factors in ready:
         shape = (num_rows, source.shape[1])
         out = source.new_empty(rows.shape[0], shape[1], dtype=_stored(source, dtype, chosen))
+        ask_for_large_pages(out)
         values = _sum_runs(source, factors, order, ranks, out, chosen).to(dtype)
-        known = {"is_coalesced": True, "check_invariants": False}  # sorted and unique, by construction
-        results.append(torch.sparse_coo_tensor(rows[None], values, shape, **known))
+        # sorted and unique, by construction
+        results.append(
+            torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+        )
     return results
 
 
@@ -131,7 +135,7 @@ def _sum_runs(
     out: Float[Tensor, "M D"],
     chosen: Engine,
 ) -> Tensor:
-    """Write into `out[k]` the sum over the reads with key k; keys are sorted. Other rows stay as they are, or get zeros.
+    """Write into `out[k]` the sum over the reads with key k; keys are sorted. Other rows stay as they are or get zeros.
 
     A read is a place in `coefficients`, and reads the row of `source` that is its token.
     """

@@ -55,7 +55,15 @@ def bag_sums(table: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype) 
     if tokens and dim:
         grid = (tokens, triton.cdiv(dim, block))
         _bag_sums[grid](
-            table, slots, weights, out, per_token, dim, BLOCK_S=BLOCK_S, BLOCK_D=block, num_warps=warps(block)
+            table,
+            slots,
+            weights,
+            out,
+            per_token,
+            dim,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=block,
+            num_warps=warps(block),  # type: ignore[call-arg]  # read by the launcher
         )
     return out
 
@@ -67,7 +75,15 @@ def bag_dots(table: Tensor, slots: Tensor, vectors: Tensor, out: Tensor) -> None
         grid = (tokens, triton.cdiv(per_token, BLOCK_S))
         block = block_d(dim)
         _bag_dots[grid](
-            table, slots, vectors, out, per_token, dim, BLOCK_S=BLOCK_S, BLOCK_D=block, num_warps=warps(block)
+            table,
+            slots,
+            vectors,
+            out,
+            per_token,
+            dim,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=block,
+            num_warps=warps(block),  # type: ignore[call-arg]  # read by the launcher
         )
 
 

@@ -4,7 +4,6 @@ How many runs there are is known to the device alone, so the grid is as large as
 of its run in order, a few at a time.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,16 @@ LARGEST_D = 256
 
 @triton.jit
 def _sum_runs(
-    source, coefficients, order, keys, out, reads, per_token, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    source,
+    coefficients,
+    order,
+    keys,
+    out,
+    reads,
+    per_token,
+    dim,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     begin = tl.program_id(0).to(tl.int64)
     key = tl.load(keys + begin)
@@ -57,13 +65,13 @@ def sum_runs(source: Tensor, coefficients: Tensor, order: Tensor, keys: Tensor, 
             dim,
             BLOCK_R=BLOCK_R,
             BLOCK_D=block,
-            num_warps=warps(block),
+            num_warps=warps(block),  # type: ignore[call-arg]  # read by the launcher
         )
 
 
 def block_d(dim: int) -> int:
     """Columns of one program."""
-    return min(max(triton.next_power_of_2(dim), 16), LARGEST_D)
+    return min(max(1 << (dim - 1).bit_length(), 16), LARGEST_D)
 
 
 def warps(block: int) -> int:
