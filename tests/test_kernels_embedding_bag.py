@@ -1,5 +1,7 @@
 """Weighted bags and the gradients of rows by a reverse index, on every engine, against plain indexing in float64."""
 
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -268,3 +270,19 @@ def test_large_pages_change_no_value(size: int) -> None:
     part = ask_for_large_pages(whole[3:].fill_(2))
     assert part.sum() == 2 * size
     assert whole[:3].sum() == 0
+
+
+def test_large_pages_are_asked_for() -> None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists() or "VmFlags" not in smaps.read_text():
+        pytest.skip("no list of this process's pages")
+
+    def flags(address: int) -> list[str]:
+        found = re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", smaps.read_text(), re.M | re.S)
+        return next(m[3].split() for m in found if int(m[1], 16) <= address < int(m[2], 16))
+
+    tensor = torch.empty(16 << 20)
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    assert "hg" not in flags(middle)
+    ask_for_large_pages(tensor)
+    assert "hg" in flags(middle)

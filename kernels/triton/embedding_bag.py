@@ -88,9 +88,9 @@ def bag_dots(table: Tensor, slots: Tensor, vectors: Tensor, out: Tensor) -> None
 
 
 def variants() -> list[Variant]:
-    """For wide and narrow tables, in the types that training uses."""
+    """For wide and narrow tables, in the types that training uses; mixed: tokens in bf16 and tables in fp32."""
     found = []
-    for kind, (table, total, out) in TYPES.items():
+    for kind, (table, total, out) in (TYPES | {"mixed": ("fp32", "fp32", "bf16")}).items():
         for block in (64, LARGEST_D):
             constants = {"BLOCK_S": BLOCK_S, "BLOCK_D": block}
             sizes = {"per_token": "i32", "dim": "i32"}
@@ -98,6 +98,8 @@ def variants() -> list[Variant]:
             sums = start | {"weights": f"*{total}", "out": f"*{out}"} | sizes
             dots = start | {"vectors": f"*{table}", "out": f"*{total}"} | sizes
             for name, kernel, signature in (("sums", _bag_sums, sums), ("dots", _bag_dots, dots)):
+                if (kind, name) == ("mixed", "dots"):
+                    continue  # vectors are widened first
                 aligned = frozenset({"per_token", "dim"})
                 name = f"bag_{name}_{kind}_d{block}"
                 found.append(Variant(name, kernel, signature, constants, warps=warps(block), aligned=aligned))

@@ -1,7 +1,7 @@
 """Sums over runs of equal keys: one program per read, of which only those that begin a run do anything.
 
 How many runs there are is known to the device alone, so the grid is as large as they could be. A program adds the reads
-of its run in order, a few at a time.
+of its run in order, a few at a time: a row that very many reads share takes as long as that.
 """
 
 import triton
