@@ -62,14 +62,17 @@ def simulated() -> Iterator[None]:
 Argument = Tensor | int | float | ctypes.c_void_p | None
 
 
-def run(name: str, dtype: torch.dtype, *args: Argument) -> None:
-    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer."""
+def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
+    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer.
+
+    Returns what the kernel returns, of which only kernels that check their input make use; 0 where nothing is computed.
+    """
     if _simulating:
-        return
+        return 0
     library = _library()
     assert library is not None, "serves() was not asked"
     function = library[f"{name}_{SUFFIX[dtype]}"]
-    function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
+    return function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
 
 
 @cache

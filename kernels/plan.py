@@ -64,14 +64,18 @@ def tally(
     return values.new_zeros(size).scatter_add_(0, values, ones)
 
 
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of a plan
-
-
-@torch.library.custom_op("moesaic::plan", mutates_args=())
 def _plan(
     experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tokens`: of each assignment. Without them each token has `width` assignments."""
+    if torch.compiler.is_compiling():  # only then: of few tokens, an op's way through the dispatcher takes longest
+        return _plan_op(experts, tokens, width, num_tokens, num_experts, backend)
+    return _plan_now(experts, tokens, width, num_tokens, num_experts, backend)
+
+
+def _plan_now(
+    experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     runs = engine(cast(Backend, backend), experts, tokens)
     if runs == "cpp":
         return _compiled(experts.contiguous(), tokens, width, num_tokens, num_experts)
@@ -86,10 +90,13 @@ def _plan(
     return counts, by_row, order, where, _offsets(experts, tokens, width, num_tokens)
 
 
-@_plan.register_fake
+_plan_op = torch.library.custom_op("moesaic::plan", _plan_now, mutates_args=())
+
+
+@_plan_op.register_fake
 def _(
     experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int, backend: str
-) -> _Parts:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, where = (experts.new_empty(experts.shape, dtype=torch.int64) for _ in range(2))
     by_row = torch.empty_like(order if tokens is None else tokens)
     offsets = experts.new_empty(num_tokens + 1, dtype=torch.int64)
@@ -98,7 +105,7 @@ def _(
 
 def _compiled(
     experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int
-) -> _Parts:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = experts.shape[0]
     # side by side where counting is more work than adding up the counts
     chunks = max(1, min(torch.get_num_threads(), rows // max(num_experts, 4096)))
@@ -109,8 +116,7 @@ def _compiled(
     ragged = int(tokens is not None)
     items = rows if ragged else num_tokens
     tensors = (experts, given, counts, by_row, order, where, offsets, starts)
-    native.run("plan", experts.dtype, *tensors, items, width, num_tokens, num_experts, ragged, chunks)
-    wrong = int(starts[0, -1])
+    wrong = native.run("plan", experts.dtype, *tensors, items, width, num_tokens, num_experts, ragged, chunks)
     if wrong:
         raise IndexError(f"experts: {wrong} ids are not in 0 to {num_experts - 1}")
     return counts, by_row, order, where, offsets

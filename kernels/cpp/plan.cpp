@@ -4,8 +4,8 @@
 // Assignment a is the a % width th of item a / width; items are tokens, or with `tokens` assignments of width 1. Chunks
 // of items are counted, then placed, side by side: integers, so that their number changes no result.
 // starts (chunks, experts + 1): within a chunk, first how often an expert occurs, then its next row. The last column
-// counts ids that are no expert; where there are any, starts[experts] says so and nothing else is written.
-static void plan(const int64_t* experts, const int64_t* tokens, int64_t* counts, int64_t* by_row, int64_t* order,
+// counts ids that are no expert; where there are any, nothing else is written. Returns how many, as far as an int can.
+static int plan(const int64_t* experts, const int64_t* tokens, int64_t* counts, int64_t* by_row, int64_t* order,
                  int64_t* where, int64_t* offsets, int64_t* starts, int64_t items, int64_t width, int64_t num_tokens,
                  int64_t num_experts, int64_t ragged, int64_t chunks, int64_t threads) {
     const int64_t stride = num_experts + 1;
@@ -20,7 +20,8 @@ static void plan(const int64_t* experts, const int64_t* tokens, int64_t* counts,
         }
     }
     for (int64_t c = 1; c < chunks; ++c) starts[num_experts] += starts[c * stride + num_experts];
-    if (starts[num_experts]) return;
+    if (const int64_t wrong = starts[num_experts])
+        return static_cast<int>(wrong < INT32_MAX ? wrong : INT32_MAX);
     int64_t row = 0;
     for (int64_t e = 0; e < num_experts; ++e) {
         const int64_t first = row;
@@ -52,11 +53,12 @@ static void plan(const int64_t* experts, const int64_t* tokens, int64_t* counts,
     } else {
         for (int64_t t = 0; t <= num_tokens; ++t) offsets[t] = t * width;
     }
+    return 0;
 }
 
-extern "C" void plan_i64(const int64_t* experts, const int64_t* tokens, int64_t* counts, int64_t* by_row, int64_t* order,
+extern "C" int plan_i64(const int64_t* experts, const int64_t* tokens, int64_t* counts, int64_t* by_row, int64_t* order,
                          int64_t* where, int64_t* offsets, int64_t* starts, int64_t items, int64_t width,
                          int64_t num_tokens, int64_t num_experts, int64_t ragged, int64_t chunks, int64_t threads) {
-    plan(experts, tokens, counts, by_row, order, where, offsets, starts, items, width, num_tokens, num_experts, ragged,
+    return plan(experts, tokens, counts, by_row, order, where, offsets, starts, items, width, num_tokens, num_experts, ragged,
          chunks, threads);
 }
