@@ -68,7 +68,9 @@ def _plan(
     experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tokens`: of each assignment. Without them each token has `width` assignments."""
-    if torch.compiler.is_compiling():  # only then: of few tokens, an op's way through the dispatcher takes longest
+    if (
+        torch.compiler.is_compiling()
+    ):  # only then: of few tokens, an op's way through the dispatcher takes longest
         return _plan_op(experts, tokens, width, num_tokens, num_experts, backend)
     return _plan_now(experts, tokens, width, num_tokens, num_experts, backend)
 

@@ -1,4 +1,4 @@
-"""Token choice in one pass: scores, the k best experts of each token, their weights, and probabilities over all experts.
+"""Token choice in one pass: scores, the k best experts of each token, their weights, probabilities over all experts.
 
 Scores are a softmax or sigmoids of the logits, in fp32 or better. A bias, and groups of which a token uses few, steer
 the choice and never scale weights (arXiv:2408.15664, section 2; arXiv:2412.19437, section 2.1.2). Experts come in
@@ -8,6 +8,7 @@ wrong logits then give wrong weights, but never an expert that does not exist.
 Dims: T tokens, E experts, K experts per token, G groups.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -125,8 +126,8 @@ def _choose_now(
     if runs == "triton":
         from moesaic.kernels.triton import topk as kernels
 
-        if kernels.serves(logits, choice):
-            return kernels.choose(logits, bias, choice)
+        if kernels.serves(logits, k):
+            return kernels.choose(logits, bias, *choice)
     return choose_reference(logits, bias, choice)
 
 
@@ -178,9 +179,9 @@ def _backward_now(
     if runs == "triton":
         from moesaic.kernels.triton import topk as kernels
 
-        if kernels.serves(probabilities, choice):
-            return kernels.choose_backward(grads[0], grads[1], saved, choice)
-    return _backward_reference(grads[0], grads[1], saved, choice)
+        if kernels.serves(probabilities, choice.k):
+            return kernels.choose_backward((grads[0], grads[1]), saved, after, scale)
+    return _backward_reference((grads[0], grads[1]), saved, choice)
 
 
 _choose_backward = torch.library.custom_op("moesaic::choose_backward", _backward_now, mutates_args=())
@@ -208,10 +209,9 @@ Saved = tuple[Tensor | None, Tensor, Tensor, Tensor]
 """Logits, which only sigmoids need; weights, probabilities, experts."""
 
 
-def _backward_reference(
-    grad_weights: Tensor | None, grad_probabilities: Tensor | None, saved: Saved, choice: Choice
-) -> Tensor:
-    """Through the softmaxes to the log scores, and of sigmoids, whose logarithm has slope sigmoid(-x), to the logits."""
+def _backward_reference(grads: tuple[Tensor | None, Tensor | None], saved: Saved, choice: Choice) -> Tensor:
+    """Through the softmaxes to the log scores, and from those of sigmoids, with slope sigmoid(-x), to the logits."""
+    grad_weights, grad_probabilities = grads
     logits, weights, probabilities, experts = saved
     grad = torch.zeros_like(probabilities)
     if grad_probabilities is not None:
@@ -236,17 +236,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(logits if choice.sigmoid else None, *output)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(run: Callable[..., Tensor], ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     grad_weights, grad_probabilities, _ = grads
     nothing = (None,) * 8
     if grad_weights is None and grad_probabilities is None:
         return None, *nothing
-    run = _choose_backward if torch.compiler.is_compiling() else _backward_now
-    grad = run(grad_weights, grad_probabilities, *ctx.saved_tensors, *ctx.rule)
-    return grad.to(ctx.dtype), *nothing
+    return run(grad_weights, grad_probabilities, *ctx.saved_tensors, *ctx.rule).to(ctx.dtype), *nothing
 
 
-_choose.register_autograd(_backward, setup_context=_save)
+_choose.register_autograd(lambda ctx, *grads: _gradient(_choose_backward, ctx, grads), setup_context=_save)
 
 
 class _Choose(torch.autograd.Function):
@@ -256,4 +254,7 @@ class _Choose(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_backward))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gradient(_backward_now, ctx, grads)

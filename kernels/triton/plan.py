@@ -36,11 +36,17 @@ def _rank(
     expert = tl.load(experts + own, mask=own < R, other=-1)
     known = (own < R) & (expert >= 0) & (expert < E)
     narrow = tl.where(known, expert, -1).to(tl.int32)
-    near = tl.zeros((BLOCK, CHUNK), tl.int32)  # how many of the same expert: 1 for each before, 2^16 for each after
+    near = tl.zeros(
+        (BLOCK, CHUNK), tl.int32
+    )  # how many of the same expert: 1 for each before, 2^16 for each after
     for start in range(0, BLOCK, CHUNK):
         there = start + tl.arange(0, CHUNK)
-        other = tl.load(experts + block * BLOCK + there, mask=block * BLOCK + there < R, other=-1).to(tl.int32)
-        side = tl.where(there[None, :] < place[:, None], 1, tl.where(there[None, :] > place[:, None], 65536, 0))
+        other = tl.load(experts + block * BLOCK + there, mask=block * BLOCK + there < R, other=-1).to(
+            tl.int32
+        )
+        side = tl.where(
+            there[None, :] < place[:, None], 1, tl.where(there[None, :] > place[:, None], 65536, 0)
+        )
         near += tl.where(narrow[:, None] == other[None, :], side, 0)
     total = tl.sum(near, axis=1)
     before = total & 65535
@@ -98,12 +104,20 @@ def sort(
     if rows == 0:
         nothing = [experts.new_empty(0, dtype=torch.int64) for _ in range(3)]
         return experts.new_zeros(num_experts), nothing[0], nothing[1], nothing[2]
-    blocks = triton.cdiv(rows, BLOCK)
+    blocks = -(-rows // BLOCK)
     experts = experts.contiguous()
     ranks = torch.empty_like(experts, dtype=torch.int32)
     table = experts.new_zeros(num_experts * blocks, dtype=torch.int32)
     _rank[(blocks,)](
-        experts, ranks, table, rows, blocks, num_experts, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=WARPS
+        experts,
+        ranks,
+        table,
+        rows,
+        blocks,
+        num_experts,
+        BLOCK=BLOCK,
+        CHUNK=CHUNK,
+        num_warps=WARPS,  # type: ignore[call-arg]  # of the launcher
     )
     ends = table.cumsum(0, dtype=torch.int32)
     counts = experts.new_empty(num_experts)
@@ -124,7 +138,7 @@ def sort(
         width,
         RAGGED=tokens is not None,
         BLOCK=BLOCK,
-        num_warps=WARPS,
+        num_warps=WARPS,  # type: ignore[call-arg]  # of the launcher
     )
     return counts, by_row, order, where
 
@@ -139,7 +153,7 @@ def variants() -> list[Variant]:
         constants={"BLOCK": BLOCK, "CHUNK": CHUNK},
         warps=WARPS,
     )
-    pointers = {name: "*i64" for name in ("experts", "tokens", "counts", "by_row", "order", "where")}
+    pointers = dict.fromkeys(("experts", "tokens", "counts", "by_row", "order", "where"), "*i64")
     place = [
         Variant(
             name=f"plan_place_{'ragged' if ragged else 'regular'}",
