@@ -5,6 +5,7 @@ import torch
 from references import engines, largest_error
 from test_kernels import poison
 
+from moesaic.kernels.backend import Backend
 from moesaic.kernels.topk import Choice, choose, choose_reference
 
 ENGINES = engines()
@@ -84,9 +85,10 @@ def test_values_and_gradients(size: str, score, normalize, backend, device: str,
 def test_the_gradient_is_that_of_finite_differences(score, normalize) -> None:
     logits = spread_logits(4, 6).requires_grad_()
     bias = torch.zeros(6, dtype=torch.float64)
-    for backend in ("auto", "torch"):
+    backends: tuple[Backend, ...] = ("auto", "torch")
+    for backend in backends:
 
-        def run(x: torch.Tensor, backend=backend) -> tuple[torch.Tensor, ...]:
+        def run(x: torch.Tensor, backend: Backend = backend) -> tuple[torch.Tensor, ...]:
             return choose(x, bias, 2, score=score, normalize=normalize, backend=backend)[1:]
 
         assert torch.autograd.gradcheck(run, logits)
