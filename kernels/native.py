@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 SOURCES = Path(__file__).with_name("cpp")
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.int64: "i64"}
 BLOCK = 64
 """Rows of one partial sum; common.h has the same number."""
 COMPILE = "-x c++ -std=c++17 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math"
@@ -34,7 +34,8 @@ class BuildError(RuntimeError):
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: plain CPU tensors of one type, fp32 or float64; None counts as absent.
+    """Whether the kernels can take these: plain CPU tensors of one type, fp32 or float64, or int64 for ops on integers;
+    None counts as absent.
 
     Tensors of other classes (fake, distributed) and traced code are served by torch.
     """
@@ -61,14 +62,17 @@ def simulated() -> Iterator[None]:
 Argument = Tensor | int | float | ctypes.c_void_p | None
 
 
-def run(name: str, dtype: torch.dtype, *args: Argument) -> None:
-    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer."""
+def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
+    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer.
+
+    Returns what the kernel returns, of which only kernels that check their input make use; 0 where nothing is computed.
+    """
     if _simulating:
-        return
+        return 0
     library = _library()
     assert library is not None, "serves() was not asked"
     function = library[f"{name}_{SUFFIX[dtype]}"]
-    function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
+    return function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
 
 
 @cache
@@ -168,7 +172,7 @@ def _library() -> ctypes.CDLL | None:
 def _pass(value: Argument) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
-        assert value.dtype in (torch.float32, torch.float64, torch.int64), value.dtype
+        assert value.dtype in SUFFIX, value.dtype
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, int):
         return ctypes.c_int64(value)

@@ -84,7 +84,9 @@ def test_can_be_switched_off() -> None:
 def test_serves_plain_tensors_of_one_type() -> None:
     one = torch.ones(1)
     assert native.serves(one, None, torch.nn.Parameter(one))
+    assert native.serves(one.long())
     assert not native.serves(one.half())
+    assert not native.serves(one, one.long())
     assert not native.serves(one, one.double())
     assert not native.serves(torch.ones(1, device="meta"))
     with FakeTensorMode() as mode:
