@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moesaic.kernels.backend import Backend
 from moesaic.kernels.combine import accumulation_dtype
 from moesaic.kernels.topk import Normalize, Score, choose
 from moesaic.moe.noise import key, uniform
@@ -85,6 +86,7 @@ class TopKRouter(nn.Module):
         config.check(num_experts)
         self.config = config
         self.num_experts = num_experts
+        self.backend: Backend = "auto"
         self.gate = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.gate, std=dim**-0.5)
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -108,6 +110,7 @@ class TopKRouter(nn.Module):
             groups=config.groups,
             groups_kept=config.groups_kept,
             scale=config.scale,
+            backend=self.backend,
         )
         return Routing.token_choice(experts, weights, probabilities=probabilities, logits=logits)
 
