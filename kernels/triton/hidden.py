@@ -1,0 +1,264 @@
+"""The two products around an expert's non-linearity, with the non-linearity as their epilogue.
+
+Both gather their rows as they read them, so no copy of tokens in the order of experts is ever stored. See grouped.py
+for how tiles are found and walked over.
+
+Dims: T tokens, R rows, D width, F hidden width, G input matrices: 2 where KIND is gated, else 1.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.kernels.triton.grouped import GROUP_M, Blocks, Tiles, load_pair, place, programs, rows_of, stages
+from moesaic.kernels.triton.variant import INTERPRETED
+
+
+@triton.jit
+def activated(gate, up, KIND: tl.constexpr):
+    """The non-linearity, in fp32; kinds without a gate have no `up`."""
+    if KIND == "swiglu":
+        return gate * tl.sigmoid(gate) * up
+    elif KIND == "drelu":
+        return tl.maximum(gate, 0.0, tl.PropagateNan.ALL) * tl.maximum(up, 0.0, tl.PropagateNan.ALL)
+    elif KIND == "gelu":
+        return gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+    else:
+        positive = tl.maximum(gate, 0.0, tl.PropagateNan.ALL)
+        return positive * positive
+
+
+@triton.jit
+def gate_slope(gate, up, KIND: tl.constexpr):
+    """The non-linearity's derivative by `gate`."""
+    if KIND == "swiglu":
+        sigmoid = tl.sigmoid(gate)
+        return (sigmoid + (1 - sigmoid) * (gate * sigmoid)) * up  # in this order exact for large gates too
+    elif KIND == "drelu":
+        return tl.where(gate > 0, tl.maximum(up, 0.0, tl.PropagateNan.ALL), 0.0)
+    elif KIND == "gelu":
+        density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        return density * gate + (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+    else:
+        return 2 * tl.maximum(gate, 0.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def up_slope(gate, up, KIND: tl.constexpr):
+    """The non-linearity's derivative by `up`."""
+    if KIND == "swiglu":
+        return gate * tl.sigmoid(gate)
+    else:
+        return tl.where(up > 0, tl.maximum(gate, 0.0, tl.PropagateNan.ALL), 0.0)
+
+
+@triton.jit
+def hidden_kernel(
+    x,
+    w1,
+    tokens,
+    table,
+    used,
+    hidden,
+    active,
+    limit,
+    D,
+    F,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden = x[tokens] @ w1[expert].T, and its activation. Gate and up columns of a tile are computed together."""
+    tiles_m = tl.load(used).to(tl.int32)
+    tiles_n = tl.cdiv(F, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = place(tile, tiles_m, tiles_n, GROUP_M)
+        expert, row, own = rows_of(table, limit, m, BLOCK_M)
+        source = tl.load(tokens + row) if GATHER else row
+        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        depth = tl.arange(0, BLOCK_K)
+        left = x + source[:, None] * D + depth[None, :]
+        line = tl.minimum(column, F - 1).to(tl.int64)  # beyond the matrix its last row is read, and not stored
+        size = F.to(tl.int64) * D
+        right = w1 + expert * (2 * size if GATED else size) + line[None, :] * D + depth[:, None]
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            a, b = load_pair(left, right, depth, column, D - k, F, EVEN_K, True)
+            if UPCAST:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            gate = tl.dot(a, b, gate, input_precision="ieee")
+            if GATED:
+                if EVEN_K:
+                    c = tl.load(right + size)
+                else:
+                    c = tl.load(right + size, mask=(depth < D - k)[:, None], other=0.0)
+                if UPCAST:
+                    c = c.to(tl.float32)
+                up = tl.dot(a, c, up, input_precision="ieee")
+            left += BLOCK_K
+            right += BLOCK_K
+        mask = own[:, None] & (column < F)[None, :]
+        kind = hidden.dtype.element_ty
+        to = hidden + row[:, None] * (2 * F if GATED else F) + column[None, :]
+        tl.store(to, gate.to(kind), mask=mask)
+        if GATED:
+            tl.store(to + F, up.to(kind), mask=mask)
+        tl.store(
+            active + row[:, None] * F + column[None, :], activated(gate, up, KIND).to(kind), mask=mask
+        )
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    grad,
+    w2,
+    tokens,
+    order,
+    gates,
+    table,
+    used,
+    hidden,
+    grad_hidden,
+    active,
+    partial,
+    limit,
+    R,
+    D,
+    F,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ROUTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradient of the activation is grad[tokens] @ w2[expert]; stores that of `hidden`, and the activation.
+
+    Where rows are ROUTED, both are times the row's gate, and `partial` gets this tile's share of the gate's gradient.
+    """
+    tiles_m = tl.load(used).to(tl.int32)
+    tiles_n = tl.cdiv(F, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = place(tile, tiles_m, tiles_n, GROUP_M)
+        expert, row, own = rows_of(table, limit, m, BLOCK_M)
+        source = tl.load(tokens + row) if ROUTED else row
+        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        depth = tl.arange(0, BLOCK_K)
+        left = grad + source[:, None] * D + depth[None, :]
+        right = w2 + expert * D * F + depth.to(tl.int64)[:, None] * F + column[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            a, b = load_pair(left, right, depth, column, D - k, F, EVEN_K, EVEN_N)
+            if UPCAST:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision="ieee")
+            left += BLOCK_K
+            right += BLOCK_K * F.to(tl.int64)
+        mask = own[:, None] & (column < F)[None, :]
+        at = row[:, None] * (2 * F if GATED else F) + column[None, :]
+        gate = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+        up = gate
+        if GATED:
+            up = tl.load(hidden + at + F, mask=mask, other=0.0).to(tl.float32)
+        value = activated(gate, up, KIND)
+        if ROUTED:
+            tl.store(partial + n.to(tl.int64) * R + row, tl.sum(total * value, 1), mask=own)
+            scale = tl.load(gates + tl.load(order + row)).to(tl.float32)[:, None]
+            total *= scale
+            value *= scale
+        kind = active.dtype.element_ty
+        tl.store(active + row[:, None] * F + column[None, :], value.to(kind), mask=mask)
+        tl.store(grad_hidden + at, (gate_slope(gate, up, KIND) * total).to(kind), mask=mask)
+        if GATED:
+            tl.store(grad_hidden + at + F, (up_slope(gate, up, KIND) * total).to(kind), mask=mask)
+
+
+def hidden_layer(
+    x: Tensor, w1: Tensor, tokens: Tensor | None, tiles: Tiles, rows: int, blocks: Blocks, *, kind: str
+) -> tuple[Tensor, Tensor]:
+    """The hidden layer (R, G * F) of every row, and its activation (R, F)."""
+    _, matrices, width, dim = w1.shape
+    hidden, active = x.new_empty(rows, matrices * width), x.new_empty(rows, width)
+    grid = (programs(tiles.limit * triton.cdiv(width, blocks.n), blocks.per_sm, x.device),)
+    hidden_kernel[grid](
+        x,
+        w1,
+        tiles.table if tokens is None else tokens,
+        tiles.table,
+        tiles.used,
+        hidden,
+        active,
+        tiles.limit,
+        dim,
+        width,
+        KIND=kind,
+        GATED=matrices == 2,
+        GATHER=tokens is not None,
+        EVEN_K=dim % blocks.k == 0,
+        UPCAST=INTERPRETED,
+        GROUP_M=GROUP_M,
+        **blocks.constants(),
+        num_warps=blocks.warps,
+        num_stages=stages(blocks),
+    )
+    return hidden, active
+
+
+def hidden_gradient(
+    grad: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    tokens: Tensor | None,
+    order: Tensor | None,
+    gates: Tensor | None,
+    tiles: Tiles,
+    blocks: Blocks,
+    *,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the hidden layer, the activation, and parts of the gates' gradients: (R, GF), (R, F), (tiles, R)."""
+    _, dim, width = w2.shape
+    rows = hidden.shape[0]
+    grad_hidden, active = hidden.new_empty(hidden.shape), hidden.new_empty(rows, width)
+    across = triton.cdiv(width, blocks.n)
+    partial = hidden.new_empty((across, rows) if gates is not None else (0, 0)).float()
+    grid = (programs(tiles.limit * across, blocks.per_sm, grad.device),)
+    hidden_gradient_kernel[grid](
+        grad,
+        w2,
+        tiles.table if tokens is None else tokens,
+        tiles.table if order is None else order,
+        grad if gates is None else gates,
+        tiles.table,
+        tiles.used,
+        hidden,
+        grad_hidden,
+        active,
+        partial,
+        tiles.limit,
+        rows,
+        dim,
+        width,
+        KIND=kind,
+        GATED=hidden.shape[1] == 2 * width,
+        ROUTED=gates is not None,
+        EVEN_K=dim % blocks.k == 0,
+        EVEN_N=width % blocks.n == 0,
+        UPCAST=INTERPRETED,
+        GROUP_M=GROUP_M,
+        **blocks.constants(),
+        num_warps=blocks.warps,
+        num_stages=stages(blocks),
+    )
+    return grad_hidden, active, partial
