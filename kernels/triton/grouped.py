@@ -103,12 +103,21 @@ def place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def rows_of(table, limit, m, BLOCK_M: tl.constexpr):
-    """Group of a tile of rows, its rows, and which of them are its own."""
+    """Group of a tile of rows, its first row, its rows counted from there, and which of them are its own.
+
+    Addresses are a 64-bit scalar plus 32 bits within the tile, which takes fewer registers than 64 bits throughout.
+    """
     group = tl.load(table + m)
     start = tl.load(table + limit + m)
     size = tl.load(table + 2 * limit.to(tl.int64) + m).to(tl.int32)
     local = tl.arange(0, BLOCK_M)
-    return group, start + tl.minimum(local, size - 1), local < size
+    return group, start, tl.minimum(local, size - 1), local < size
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right columns of a tile. Epilogues take one after the other: both at once do not fit in registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -135,42 +144,44 @@ def product_kernel(
     tiles_n = tl.cdiv(O, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        group, row, own = rows_of(table, limit, m, BLOCK_M)
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        group, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        first = n.to(tl.int64) * BLOCK_N
+        across = tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
-        left = rows + row[:, None] * K + depth[None, :]
+        left = rows + start * K + (local[:, None] * K + depth[None, :])
         matrix = weights + group * K * O
+        width = (O - first).to(tl.int32)  # columns from here on
         if TRANSPOSED:
-            right = matrix + tl.minimum(column, O - 1).to(tl.int64)[None, :] * K + depth[:, None]
+            right = matrix + first * K + (tl.minimum(across, width - 1)[None, :] * K + depth[:, None])
         else:
-            right = matrix + depth.to(tl.int64)[:, None] * O + column[None, :]
+            right = matrix + first + (depth[:, None] * O + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            a, b = load_pair(left, right, depth, column, K - k, O, EVEN_K, EVEN_N or TRANSPOSED)
+            a, b = load_pair(left, right, depth, across, K - k, width, EVEN_K, EVEN_N or TRANSPOSED)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_K
             right += BLOCK_K if TRANSPOSED else BLOCK_K * O.to(tl.int64)
-        to = out + row[:, None] * O + column[None, :]
-        tl.store(to, total.to(out.dtype.element_ty), mask=own[:, None] & (column < O)[None, :])
+        to = out + start * O + first + (local[:, None] * O + across[None, :])
+        tl.store(to, total.to(out.dtype.element_ty), mask=own[:, None] & (across < width)[None, :])
 
 
 @triton.jit
-def load_pair(left, right, depth, column, left_over, O, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
-    """The next BLOCK_K inputs of both sides; zeros beyond the matrix."""
+def load_pair(left, right, depth, across, deep, wide, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """The next BLOCK_K inputs of both sides; zeros beyond the matrix, which goes on for `deep` rows, `wide` columns."""
     if EVEN_K:
         a = tl.load(left)
     else:
-        a = tl.load(left, mask=(depth < left_over)[None, :], other=0.0)
+        a = tl.load(left, mask=(depth < deep)[None, :], other=0.0)
     if EVEN_K and EVEN_N:
         b = tl.load(right)
     elif EVEN_N:
-        b = tl.load(right, mask=(depth < left_over)[:, None], other=0.0)
+        b = tl.load(right, mask=(depth < deep)[:, None], other=0.0)
     elif EVEN_K:
-        b = tl.load(right, mask=(column < O)[None, :], other=0.0)
+        b = tl.load(right, mask=(across < wide)[None, :], other=0.0)
     else:
-        b = tl.load(right, mask=(depth < left_over)[:, None] & (column < O)[None, :], other=0.0)
+        b = tl.load(right, mask=(depth < deep)[:, None] & (across < wide)[None, :], other=0.0)
     return a, b
 
 

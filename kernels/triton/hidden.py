@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.triton.grouped import GROUP_M, Blocks, Tiles, load_pair, place, programs, rows_of, stages
+from moesaic.kernels.triton.grouped import (
+    GROUP_M,
+    Blocks,
+    Tiles,
+    halves,
+    load_pair,
+    place,
+    programs,
+    rows_of,
+    stages,
+)
 from moesaic.kernels.triton.variant import INTERPRETED
 
 
@@ -79,18 +89,19 @@ def hidden_kernel(
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        expert, row, own = rows_of(table, limit, m, BLOCK_M)
-        source = tl.load(tokens + row) if GATHER else row
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        source = tl.load(tokens + start + local) if GATHER else start + local
+        first = n.to(tl.int64) * BLOCK_N
+        width = (F - first).to(tl.int32)  # columns from here on
         depth = tl.arange(0, BLOCK_K)
         left = x + source[:, None] * D + depth[None, :]
-        line = tl.minimum(column, F - 1).to(tl.int64)  # beyond the matrix its last row is read, and not stored
         size = F.to(tl.int64) * D
-        right = w1 + expert * (2 * size if GATED else size) + line[None, :] * D + depth[:, None]
+        line = tl.minimum(tl.arange(0, BLOCK_N), width - 1)  # beyond the matrix its last row, which is not stored
+        right = w1 + expert * (2 * size if GATED else size) + first * D + (line[None, :] * D + depth[:, None])
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, column, D - k, F, EVEN_K, True)
+            a, b = load_pair(left, right, depth, line, D - k, width, EVEN_K, True)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             gate = tl.dot(a, b, gate, input_precision="ieee")
@@ -104,15 +115,21 @@ def hidden_kernel(
                 up = tl.dot(a, c, up, input_precision="ieee")
             left += BLOCK_K
             right += BLOCK_K
-        mask = own[:, None] & (column < F)[None, :]
-        kind = hidden.dtype.element_ty
-        to = hidden + row[:, None] * (2 * F if GATED else F) + column[None, :]
-        tl.store(to, gate.to(kind), mask=mask)
-        if GATED:
-            tl.store(to + F, up.to(kind), mask=mask)
-        tl.store(
-            active + row[:, None] * F + column[None, :], activated(gate, up, KIND).to(kind), mask=mask
-        )
+        stride = 2 * F if GATED else F
+        hidden_tile = hidden + start * stride + first
+        active_tile = active + start * F + first
+        gates = halves(gate, BLOCK_M, BLOCK_N)
+        ups = halves(up, BLOCK_M, BLOCK_N) if GATED else gates
+        for half in tl.static_range(2):
+            across = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            mask = own[:, None] & (across < width)[None, :]
+            to = hidden_tile + (local[:, None] * stride + across[None, :])
+            tl.store(to, gates[half].to(hidden.dtype.element_ty), mask=mask)
+            if GATED:
+                tl.store(to + F, ups[half].to(hidden.dtype.element_ty), mask=mask)
+            value = activated(gates[half], ups[half], KIND)
+            to = active_tile + (local[:, None] * F + across[None, :])
+            tl.store(to, value.to(active.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,37 +168,52 @@ def hidden_gradient_kernel(
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        expert, row, own = rows_of(table, limit, m, BLOCK_M)
-        source = tl.load(tokens + row) if ROUTED else row
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        source = tl.load(tokens + start + local) if ROUTED else start + local
+        first = n.to(tl.int64) * BLOCK_N
+        width = (F - first).to(tl.int32)  # columns from here on
+        across = tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
         left = grad + source[:, None] * D + depth[None, :]
-        right = w2 + expert * D * F + depth.to(tl.int64)[:, None] * F + column[None, :]
+        right = w2 + expert * D * F + first + (depth[:, None] * F + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, column, D - k, F, EVEN_K, EVEN_N)
+            a, b = load_pair(left, right, depth, across, D - k, width, EVEN_K, EVEN_N)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_K
             right += BLOCK_K * F.to(tl.int64)
-        mask = own[:, None] & (column < F)[None, :]
-        at = row[:, None] * (2 * F if GATED else F) + column[None, :]
-        gate = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
-        up = gate
-        if GATED:
-            up = tl.load(hidden + at + F, mask=mask, other=0.0).to(tl.float32)
-        value = activated(gate, up, KIND)
+        stride = 2 * F if GATED else F
+        hidden_tile = hidden + start * stride + first
+        grad_tile = grad_hidden + start * stride + first
+        active_tile = active + start * F + first
         if ROUTED:
-            tl.store(partial + n.to(tl.int64) * R + row, tl.sum(total * value, 1), mask=own)
-            scale = tl.load(gates + tl.load(order + row)).to(tl.float32)[:, None]
-            total *= scale
-            value *= scale
-        kind = active.dtype.element_ty
-        tl.store(active + row[:, None] * F + column[None, :], value.to(kind), mask=mask)
-        tl.store(grad_hidden + at, (gate_slope(gate, up, KIND) * total).to(kind), mask=mask)
-        if GATED:
-            tl.store(grad_hidden + at + F, (up_slope(gate, up, KIND) * total).to(kind), mask=mask)
+            scale = tl.load(gates + tl.load(order + start + local)).to(tl.float32)[:, None]
+        share = tl.zeros((BLOCK_M,), tl.float32)
+        parts = halves(total, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            columns = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            mask = own[:, None] & (columns < width)[None, :]
+            at = local[:, None] * stride + columns[None, :]
+            part = parts[half]
+            gate = tl.load(hidden_tile + at, mask=mask, other=0.0).to(tl.float32)
+            up = gate
+            if GATED:
+                up = tl.load(hidden_tile + F + at, mask=mask, other=0.0).to(tl.float32)
+            value = activated(gate, up, KIND)
+            if ROUTED:
+                share += tl.sum(part * value, 1)
+                part *= scale
+                value *= scale
+            to = active_tile + (local[:, None] * F + columns[None, :])
+            tl.store(to, value.to(active.dtype.element_ty), mask=mask)
+            kind = grad_hidden.dtype.element_ty
+            tl.store(grad_tile + at, (gate_slope(gate, up, KIND) * part).to(kind), mask=mask)
+            if GATED:
+                tl.store(grad_tile + F + at, (up_slope(gate, up, KIND) * part).to(kind), mask=mask)
+        if ROUTED:
+            tl.store(partial + n.to(tl.int64) * R + start + local, share, mask=own)
 
 
 def hidden_layer(
