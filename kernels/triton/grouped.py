@@ -8,6 +8,7 @@ Dims: N rows, E groups, K inputs, O outputs. Tiles are BLOCK_M x BLOCK_N, BLOCK_
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +29,9 @@ class Blocks:
     stages: int
     per_sm: int = 1
     """Programs per multiprocessor; two overlap one's epilogue with the other's products, if both fit."""
+
+    parts: int = 2
+    """Strips of columns, 2 or 4, that an epilogue with a non-linearity takes one after the other."""
 
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
@@ -60,7 +64,17 @@ def cut_rows(counts: Tensor, rows: int, block: int) -> Tiles:
     limit = min(rows, rows // block + groups)
     table = counts.new_empty((3, limit), dtype=torch.int64)
     used, starts = counts.new_empty(1, dtype=torch.int64), counts.new_empty(groups, dtype=torch.int64)
-    cut_kernel[(groups,)](counts, table, used, starts, groups, limit, BLOCK_M=block, BLOCK=1024, num_warps=4)
+    cut_kernel[(groups,)](
+        counts,
+        table,
+        used,
+        starts,
+        groups,
+        limit,
+        BLOCK_M=block,
+        BLOCK=1024,
+        num_warps=4,  # type: ignore[call-arg]
+    )
     return Tiles(table, used, starts)
 
 
@@ -88,7 +102,7 @@ def cut_kernel(counts, table, used, starts, groups, limit, BLOCK_M: tl.constexpr
         to = table + first_tile + tile
         tl.store(to, tl.zeros((BLOCK,), tl.int64) + group, mask=tile < tiles)
         tl.store(to + limit, start + row, mask=tile < tiles)
-        tl.store(to + 2 * limit.to(tl.int64), tl.minimum(count - row, BLOCK_M), mask=tile < tiles)
+        tl.store(to + 2 * limit, tl.minimum(count - row, BLOCK_M), mask=tile < tiles)
 
 
 @triton.jit
@@ -109,14 +123,25 @@ def rows_of(table, limit, m, BLOCK_M: tl.constexpr):
     """
     group = tl.load(table + m)
     start = tl.load(table + limit + m)
-    size = tl.load(table + 2 * limit.to(tl.int64) + m).to(tl.int32)
+    size = tl.load(table + 2 * limit + m).to(tl.int32)
     local = tl.arange(0, BLOCK_M)
     return group, start, tl.minimum(local, size - 1), local < size
 
 
 @triton.jit
+def strips(tile, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile cut into 2 or 4 strips of columns. Epilogues take one after the other: all do not fit in registers."""
+    left, right = halves(tile, BLOCK_M, BLOCK_N)  # type: ignore[misc]  # a tuple
+    if PARTS == 2:
+        return left, right
+    else:  # a plain return here would be compiled for both
+        first, second = halves(left, BLOCK_M, BLOCK_N // 2)  # type: ignore[misc]  # a tuple
+        third, fourth = halves(right, BLOCK_M, BLOCK_N // 2)  # type: ignore[misc]  # a tuple
+        return first, second, third, fourth
+
+
+@triton.jit
 def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right columns of a tile. Epilogues take one after the other: both at once do not fit in registers."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -129,7 +154,7 @@ def product_kernel(
     out,
     limit,
     K,
-    O,
+    OUT,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -141,39 +166,36 @@ def product_kernel(
 ):
     """out = rows @ weights[group]; TRANSPOSED: weights are stored (E, O, K), else (E, K, O)."""
     tiles_m = tl.load(used).to(tl.int32)
-    tiles_n = tl.cdiv(O, BLOCK_N)
+    tiles_n = tl.cdiv(OUT, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        group, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        m, n = place(tile, tiles_m, tiles_n, GROUP_M)  # type: ignore[misc]  # a tuple
+        group, start, local, own = rows_of(table, limit, m, BLOCK_M)  # type: ignore[misc]  # a tuple
         first = n.to(tl.int64) * BLOCK_N
         across = tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
         left = rows + start * K + (local[:, None] * K + depth[None, :])
-        matrix = weights + group * K * O
-        width = (O - first).to(tl.int32)  # columns from here on
+        matrix = weights + group * K * OUT
+        width = (OUT - first).to(tl.int32)  # columns from here on
         if TRANSPOSED:
             right = matrix + first * K + (tl.minimum(across, width - 1)[None, :] * K + depth[:, None])
         else:
-            right = matrix + first + (depth[:, None] * O + across[None, :])
+            right = matrix + first + (depth[:, None] * OUT + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            a, b = load_pair(left, right, depth, across, K - k, width, EVEN_K, EVEN_N or TRANSPOSED)
+            a, b = load_pair(left, right, depth, across, K - k, width, EVEN_K, EVEN_N or TRANSPOSED)  # type: ignore[misc]  # a tuple
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_K
-            right += BLOCK_K if TRANSPOSED else BLOCK_K * O.to(tl.int64)
-        to = out + start * O + first + (local[:, None] * O + across[None, :])
+            right += BLOCK_K if TRANSPOSED else BLOCK_K * OUT
+        to = out + start * OUT + first + (local[:, None] * OUT + across[None, :])
         tl.store(to, total.to(out.dtype.element_ty), mask=own[:, None] & (across < width)[None, :])
 
 
 @triton.jit
 def load_pair(left, right, depth, across, deep, wide, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
     """The next BLOCK_K inputs of both sides; zeros beyond the matrix, which goes on for `deep` rows, `wide` columns."""
-    if EVEN_K:
-        a = tl.load(left)
-    else:
-        a = tl.load(left, mask=(depth < deep)[None, :], other=0.0)
+    a = tl.load(left) if EVEN_K else tl.load(left, mask=(depth < deep)[None, :], other=0.0)
     if EVEN_K and EVEN_N:
         b = tl.load(right)
     elif EVEN_N:
@@ -195,7 +217,7 @@ def outer_kernel(
     out,
     groups,
     M,
-    O,
+    OUT,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -211,11 +233,11 @@ def outer_kernel(
     A gathered side is read at `tokens[row]`. Groups without rows get zeros.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(O, BLOCK_N)
+    tiles_n = tl.cdiv(OUT, BLOCK_N)
     each = tiles_m * tiles_n
     for tile in range(tl.program_id(0), groups * each, tl.num_programs(0)):
         group = tile // each
-        m, n = place(tile % each, tiles_m, tiles_n, GROUP_M)
+        m, n = place(tile % each, tiles_m, tiles_n, GROUP_M)  # type: ignore[misc]  # a tuple
         start = tl.load(starts + group)
         size = tl.load(counts + group).to(tl.int32)
         line = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -231,16 +253,16 @@ def outer_kernel(
             left_row = source if GATHER_LEFT else row
             right_row = source if GATHER_RIGHT else row
             left_mask = own[:, None] if EVEN_M else own[:, None] & (line < M)[None, :]
-            right_mask = own[:, None] if EVEN_N else own[:, None] & (column < O)[None, :]
+            right_mask = own[:, None] if EVEN_N else own[:, None] & (column < OUT)[None, :]
             a = tl.load(left + left_row[:, None] * M + line[None, :], mask=left_mask, other=0.0)
-            b = tl.load(right + right_row[:, None] * O + column[None, :], mask=right_mask, other=0.0)
+            b = tl.load(right + right_row[:, None] * OUT + column[None, :], mask=right_mask, other=0.0)
             if GATHER_LEFT or GATHER_RIGHT:
                 source = tl.load(tokens + row + BLOCK_K, mask=depth < size - k - BLOCK_K, other=0)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-        to = out + group.to(tl.int64) * M * O + line.to(tl.int64)[:, None] * O + column[None, :]
-        tl.store(to, total.to(out.dtype.element_ty), mask=(line < M)[:, None] & (column < O)[None, :])
+        to = out + group.to(tl.int64) * M * OUT + line.to(tl.int64)[:, None] * OUT + column[None, :]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(line < M)[:, None] & (column < OUT)[None, :])
 
 
 def programs(tiles: int, per_sm: int, device: torch.device) -> int:
@@ -250,16 +272,22 @@ def programs(tiles: int, per_sm: int, device: torch.device) -> int:
     return min(tiles, per_sm * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def stages(blocks: Blocks) -> int:
-    """AMD GPUs have 64 KiB of shared memory per program, and pipelines of two."""
-    return min(blocks.stages, 2) if torch.version.hip else blocks.stages
+def launched(blocks: Blocks, **fixed: object) -> dict[str, Any]:
+    """What a launch gets. AMD GPUs have 64 KiB of shared memory per program, and pipelines of two."""
+    stages = min(blocks.stages, 2) if torch.version.hip else blocks.stages
+    fixed |= {"UPCAST": INTERPRETED, "GROUP_M": GROUP_M, "num_warps": blocks.warps, "num_stages": stages}
+    return fixed | blocks.constants()
+
+
+def tiles_across(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def product(rows: Tensor, weights: Tensor, tiles: Tiles, blocks: Blocks, *, transposed: bool) -> Tensor:
     """(N, K) and (E, O, K) where transposed, else (E, K, O) -> (N, O)."""
     inputs, outputs = rows.shape[1], weights.shape[1 if transposed else 2]
     out = rows.new_empty(rows.shape[0], outputs)
-    grid = (programs(tiles.limit * triton.cdiv(outputs, blocks.n), blocks.per_sm, rows.device),)
+    grid = (programs(tiles.limit * tiles_across(outputs, blocks.n), blocks.per_sm, rows.device),)
     product_kernel[grid](
         rows,
         weights,
@@ -269,14 +297,12 @@ def product(rows: Tensor, weights: Tensor, tiles: Tiles, blocks: Blocks, *, tran
         tiles.limit,
         inputs,
         outputs,
-        TRANSPOSED=transposed,
-        EVEN_K=inputs % blocks.k == 0,
-        EVEN_N=outputs % blocks.n == 0,
-        UPCAST=INTERPRETED,
-        GROUP_M=GROUP_M,
-        **blocks.constants(),
-        num_warps=blocks.warps,
-        num_stages=stages(blocks),
+        **launched(
+            blocks,
+            TRANSPOSED=transposed,
+            EVEN_K=inputs % blocks.k == 0,
+            EVEN_N=outputs % blocks.n == 0,
+        ),
     )
     return out
 
@@ -294,7 +320,7 @@ def outer(
     """Per group, left rows transposed times right rows: (E, M, O). `gather`: the side that is read through `tokens`."""
     groups, height, width = counts.shape[0], left.shape[1], right.shape[1]
     out = left.new_empty(groups, height, width)
-    count = groups * triton.cdiv(height, blocks.m) * triton.cdiv(width, blocks.n)
+    count = groups * tiles_across(height, blocks.m) * tiles_across(width, blocks.n)
     grid = (programs(count, blocks.per_sm, left.device),)
     outer_kernel[grid](
         left,
@@ -306,14 +332,12 @@ def outer(
         groups,
         height,
         width,
-        GATHER_LEFT=tokens is not None and gather == "left",
-        GATHER_RIGHT=tokens is not None and gather == "right",
-        EVEN_M=height % blocks.m == 0,
-        EVEN_N=width % blocks.n == 0,
-        UPCAST=INTERPRETED,
-        GROUP_M=GROUP_M,
-        **blocks.constants(),
-        num_warps=blocks.warps,
-        num_stages=stages(blocks),
+        **launched(
+            blocks,
+            GATHER_LEFT=tokens is not None and gather == "left",
+            GATHER_RIGHT=tokens is not None and gather == "right",
+            EVEN_M=height % blocks.m == 0,
+            EVEN_N=width % blocks.n == 0,
+        ),
     )
     return out

@@ -6,22 +6,22 @@ for how tiles are found and walked over.
 Dims: T tokens, R rows, D width, F hidden width, G input matrices: 2 where KIND is gated, else 1.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.triton.grouped import (
-    GROUP_M,
     Blocks,
     Tiles,
-    halves,
+    launched,
     load_pair,
     place,
     programs,
     rows_of,
-    stages,
+    strips,
+    tiles_across,
 )
-from moesaic.kernels.triton.variant import INTERPRETED
 
 
 @triton.jit
@@ -79,6 +79,7 @@ def hidden_kernel(
     GATHER: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,28 +89,31 @@ def hidden_kernel(
     tiles_m = tl.load(used).to(tl.int32)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        m, n = place(tile, tiles_m, tiles_n, GROUP_M)  # type: ignore[misc]  # a tuple
+        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)  # type: ignore[misc]  # a tuple
         source = tl.load(tokens + start + local) if GATHER else start + local
         first = n.to(tl.int64) * BLOCK_N
         width = (F - first).to(tl.int32)  # columns from here on
         depth = tl.arange(0, BLOCK_K)
         left = x + source[:, None] * D + depth[None, :]
-        size = F.to(tl.int64) * D
-        line = tl.minimum(tl.arange(0, BLOCK_N), width - 1)  # beyond the matrix its last row, which is not stored
+        size = tl.cast(F, tl.int64) * D
+        line = tl.minimum(
+            tl.arange(0, BLOCK_N), width - 1
+        )  # beyond the matrix its last row, which is not stored
         right = w1 + expert * (2 * size if GATED else size) + first * D + (line[None, :] * D + depth[:, None])
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, line, D - k, width, EVEN_K, True)
+            a, b = load_pair(left, right, depth, line, D - k, width, EVEN_K, True)  # type: ignore[misc]  # a tuple
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             gate = tl.dot(a, b, gate, input_precision="ieee")
             if GATED:
-                if EVEN_K:
-                    c = tl.load(right + size)
-                else:
-                    c = tl.load(right + size, mask=(depth < D - k)[:, None], other=0.0)
+                c = (
+                    tl.load(right + size)
+                    if EVEN_K
+                    else tl.load(right + size, mask=(depth < D - k)[:, None], other=0.0)
+                )
                 if UPCAST:
                     c = c.to(tl.float32)
                 up = tl.dot(a, c, up, input_precision="ieee")
@@ -118,16 +122,16 @@ def hidden_kernel(
         stride = 2 * F if GATED else F
         hidden_tile = hidden + start * stride + first
         active_tile = active + start * F + first
-        gates = halves(gate, BLOCK_M, BLOCK_N)
-        ups = halves(up, BLOCK_M, BLOCK_N) if GATED else gates
-        for half in tl.static_range(2):
-            across = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        gates = strips(gate, PARTS, BLOCK_M, BLOCK_N)
+        ups = strips(up, PARTS, BLOCK_M, BLOCK_N) if GATED else gates
+        for i in tl.static_range(PARTS):
+            across = i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
             mask = own[:, None] & (across < width)[None, :]
             to = hidden_tile + (local[:, None] * stride + across[None, :])
-            tl.store(to, gates[half].to(hidden.dtype.element_ty), mask=mask)
+            tl.store(to, gates[i].to(hidden.dtype.element_ty), mask=mask)
             if GATED:
-                tl.store(to + F, ups[half].to(hidden.dtype.element_ty), mask=mask)
-            value = activated(gates[half], ups[half], KIND)
+                tl.store(to + F, ups[i].to(hidden.dtype.element_ty), mask=mask)
+            value = activated(gates[i], ups[i], KIND)
             to = active_tile + (local[:, None] * F + across[None, :])
             tl.store(to, value.to(active.dtype.element_ty), mask=mask)
 
@@ -155,6 +159,7 @@ def hidden_gradient_kernel(
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     UPCAST: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,8 +172,8 @@ def hidden_gradient_kernel(
     tiles_m = tl.load(used).to(tl.int32)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = place(tile, tiles_m, tiles_n, GROUP_M)
-        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)
+        m, n = place(tile, tiles_m, tiles_n, GROUP_M)  # type: ignore[misc]  # a tuple
+        expert, start, local, own = rows_of(table, limit, m, BLOCK_M)  # type: ignore[misc]  # a tuple
         source = tl.load(tokens + start + local) if ROUTED else start + local
         first = n.to(tl.int64) * BLOCK_N
         width = (F - first).to(tl.int32)  # columns from here on
@@ -178,12 +183,12 @@ def hidden_gradient_kernel(
         right = w2 + expert * D * F + first + (depth[:, None] * F + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, across, D - k, width, EVEN_K, EVEN_N)
+            a, b = load_pair(left, right, depth, across, D - k, width, EVEN_K, EVEN_N)  # type: ignore[misc]  # a tuple
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_K
-            right += BLOCK_K * F.to(tl.int64)
+            right += BLOCK_K * F
         stride = 2 * F if GATED else F
         hidden_tile = hidden + start * stride + first
         grad_tile = grad_hidden + start * stride + first
@@ -191,12 +196,12 @@ def hidden_gradient_kernel(
         if ROUTED:
             scale = tl.load(gates + tl.load(order + start + local)).to(tl.float32)[:, None]
         share = tl.zeros((BLOCK_M,), tl.float32)
-        parts = halves(total, BLOCK_M, BLOCK_N)
-        for half in tl.static_range(2):
-            columns = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        parts = strips(total, PARTS, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(PARTS):
+            columns = i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
             mask = own[:, None] & (columns < width)[None, :]
             at = local[:, None] * stride + columns[None, :]
-            part = parts[half]
+            part = parts[i]
             gate = tl.load(hidden_tile + at, mask=mask, other=0.0).to(tl.float32)
             up = gate
             if GATED:
@@ -222,7 +227,7 @@ def hidden_layer(
     """The hidden layer (R, G * F) of every row, and its activation (R, F)."""
     _, matrices, width, dim = w1.shape
     hidden, active = x.new_empty(rows, matrices * width), x.new_empty(rows, width)
-    grid = (programs(tiles.limit * triton.cdiv(width, blocks.n), blocks.per_sm, x.device),)
+    grid = (programs(tiles.limit * tiles_across(width, blocks.n), blocks.per_sm, x.device),)
     hidden_kernel[grid](
         x,
         w1,
@@ -234,15 +239,14 @@ def hidden_layer(
         tiles.limit,
         dim,
         width,
-        KIND=kind,
-        GATED=matrices == 2,
-        GATHER=tokens is not None,
-        EVEN_K=dim % blocks.k == 0,
-        UPCAST=INTERPRETED,
-        GROUP_M=GROUP_M,
-        **blocks.constants(),
-        num_warps=blocks.warps,
-        num_stages=stages(blocks),
+        **launched(
+            blocks,
+            KIND=kind,
+            GATED=matrices == 2,
+            GATHER=tokens is not None,
+            EVEN_K=dim % blocks.k == 0,
+            PARTS=blocks.parts,
+        ),
     )
     return hidden, active
 
@@ -263,8 +267,8 @@ def hidden_gradient(
     _, dim, width = w2.shape
     rows = hidden.shape[0]
     grad_hidden, active = hidden.new_empty(hidden.shape), hidden.new_empty(rows, width)
-    across = triton.cdiv(width, blocks.n)
-    partial = hidden.new_empty((across, rows) if gates is not None else (0, 0)).float()
+    across = tiles_across(width, blocks.n)
+    partial = hidden.new_empty(across if gates is not None else 0, rows, dtype=torch.float32)
     grid = (programs(tiles.limit * across, blocks.per_sm, grad.device),)
     hidden_gradient_kernel[grid](
         grad,
@@ -282,15 +286,14 @@ def hidden_gradient(
         rows,
         dim,
         width,
-        KIND=kind,
-        GATED=hidden.shape[1] == 2 * width,
-        ROUTED=gates is not None,
-        EVEN_K=dim % blocks.k == 0,
-        EVEN_N=width % blocks.n == 0,
-        UPCAST=INTERPRETED,
-        GROUP_M=GROUP_M,
-        **blocks.constants(),
-        num_warps=blocks.warps,
-        num_stages=stages(blocks),
+        **launched(
+            blocks,
+            KIND=kind,
+            GATED=hidden.shape[1] == 2 * width,
+            ROUTED=gates is not None,
+            EVEN_K=dim % blocks.k == 0,
+            EVEN_N=width % blocks.n == 0,
+            PARTS=blocks.parts,
+        ),
     )
     return grad_hidden, active, partial
