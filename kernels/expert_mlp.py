@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.kernels.activation import ExpertKind, activation, activation_gradient
-from moesaic.kernels.backend import Backend, engine, refusal
+from moesaic.kernels.backend import Backend, BackendError, engine, refusal
 from moesaic.kernels.choice import fastest, machine
 from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
@@ -185,7 +185,15 @@ def _routes(
 
 def _engine(backend: str, *tensors: Tensor) -> Any:
     """The implementation: something with `forward` and `backward` as below."""
-    engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
+    chosen = engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
+    if chosen == "triton":
+        from moesaic.kernels.triton import expert_mlp as kernels  # triton is optional
+
+        dtype = tensors[0].dtype
+        if dtype in kernels.DTYPES:
+            return kernels
+        if backend == "triton":
+            raise BackendError(f"kernels: triton has no experts of {dtype}; use 'auto' or 'torch'")
     return _Torch
 
 
