@@ -1,6 +1,6 @@
 """The experts' op against a loop over assignments in float64: output and every gradient, every engine and kind."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -51,8 +51,8 @@ def device_of(engine: str) -> torch.device:
 
 
 def moved(plan: Plan, device: torch.device) -> Plan:
-    values: list[Any] = [getattr(plan, field.name) for field in fields(plan)]
-    return Plan(*[value.to(device) if isinstance(value, Tensor) else value for value in values])
+    names = ("counts", "tokens", "order", "where", "offsets")
+    return replace(plan, **{name: getattr(plan, name).to(device) for name in names})
 
 
 @dataclass
