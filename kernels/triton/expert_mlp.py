@@ -51,7 +51,7 @@ def forward(
     rows = x.shape[0] if tokens is None else tokens.shape[0]
     if rows == 0:
         return torch.zeros_like(x), x.new_empty(0, w1.shape[1] * w1.shape[2])
-    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
     with torch.cuda.device_of(x):
         tiles = cut_rows(counts, rows, table["hidden"].m)
@@ -59,7 +59,8 @@ def forward(
         hidden, active = hidden_layer(x, w1, tokens, tiles, rows, first, kind=kind)
         out = product(active, w2, tiles, deep(table, active), transposed=True)
         if routes is not None:
-            out = combine(out, routes.where, routes.offsets, routes.gates, routes.per_token)
+            gates = routes.gates.contiguous()
+            out = combine(out, routes.where, routes.offsets, gates, routes.per_token)
     return out, hidden
 
 
@@ -79,9 +80,11 @@ def backward(
     if rows == 0:
         grad_gates = None if routes is None else torch.zeros_like(routes.gates)
         return torch.zeros_like(x), torch.zeros_like(w1), torch.zeros_like(w2), grad_gates
-    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
-    tokens, order, gates = (None,) * 3 if routes is None else (routes.tokens, routes.order, routes.gates)
+    tokens, order, gates = (
+        (None,) * 3 if routes is None else (routes.tokens, routes.order, routes.gates.contiguous())
+    )
     with torch.cuda.device_of(x):
         tiles = cut_rows(counts, rows, table["hidden"].m)
         blocks = table["gradient"]

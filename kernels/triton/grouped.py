@@ -244,20 +244,26 @@ def outer_kernel(
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        left_tile = depth[:, None] * M + line[None, :]
+        right_tile = depth[:, None] * OUT + column[None, :]
         # Where to read is known one step ahead: a copy that waits for its address would cost a stage of the pipeline.
         if GATHER_LEFT or GATHER_RIGHT:
             source = tl.load(tokens + start + depth, mask=depth < size, other=0)
         for k in range(0, size, BLOCK_K):
             own = depth < size - k
-            row = start + k + depth
-            left_row = source if GATHER_LEFT else row
-            right_row = source if GATHER_RIGHT else row
             left_mask = own[:, None] if EVEN_M else own[:, None] & (line < M)[None, :]
             right_mask = own[:, None] if EVEN_N else own[:, None] & (column < OUT)[None, :]
-            a = tl.load(left + left_row[:, None] * M + line[None, :], mask=left_mask, other=0.0)
-            b = tl.load(right + right_row[:, None] * OUT + column[None, :], mask=right_mask, other=0.0)
+            if GATHER_LEFT:
+                a = tl.load(left + source[:, None] * M + line[None, :], mask=left_mask, other=0.0)
+            else:
+                a = tl.load(left + (start + k) * M + left_tile, mask=left_mask, other=0.0)
+            if GATHER_RIGHT:
+                b = tl.load(right + source[:, None] * OUT + column[None, :], mask=right_mask, other=0.0)
+            else:
+                b = tl.load(right + (start + k) * OUT + right_tile, mask=right_mask, other=0.0)
             if GATHER_LEFT or GATHER_RIGHT:
-                source = tl.load(tokens + row + BLOCK_K, mask=depth < size - k - BLOCK_K, other=0)
+                ahead = depth < size - k - BLOCK_K
+                source = tl.load(tokens + start + k + BLOCK_K + depth, mask=ahead, other=0)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
