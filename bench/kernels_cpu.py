@@ -11,13 +11,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from auction import auction_section
 from timing import Timings, interleave, table, write_result
 from torch import Tensor
 
 from moesaic.kernels import native
+from moesaic.kernels.combine import sum_rows
 from moesaic.kernels.embedding_bag import weighted_bag
 from moesaic.kernels.neurons import neuron_mix
 from moesaic.kernels.pages import ask_for_large_pages
+from moesaic.kernels.plan import plan_choice
+from moesaic.kernels.topk import choose
+from moesaic.moe import MoE, RouterInput, TopKRouter
 from moesaic.train.device import tune_host
 
 Calls = dict[str, Callable[[], object]]
@@ -221,7 +226,69 @@ def scoring(rows: int) -> Callable[[], object]:
     return score
 
 
-SECTIONS: dict[str, Callable[[int, int], list[str]]] = {"tables": tables}
+LAYER = (512, 256, 64, 8, 4096)
+"""D, F, E, K, T of the layer whose parts are timed."""
+
+
+def routing(rounds: int, threads: int) -> list[str]:
+    """What is not arithmetic of experts, each part on its own, against the whole layer, forward and backward.
+
+    The layer gathers and sums within its kernel, out of the cache: apart from it, these parts can only take longer.
+    """
+    return [routing_of(dtype, rounds, threads) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def routing_of(dtype: torch.dtype, rounds: int, threads: int) -> str:
+    width, hidden, experts, k, tokens = LAYER
+    torch.manual_seed(0)
+    layer = MoE(MoE.Config(num_experts=experts, hidden=hidden, router=TopKRouter.Config(k=k)), width).to(
+        dtype
+    )
+    x, grad = torch.randn(tokens, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    logits = torch.randn(tokens, experts, requires_grad=True)
+    weights_grad = torch.randn(tokens, k)
+    chosen, weights, _ = choose(logits, torch.zeros(experts), k)
+    plan, gates = plan_choice(chosen, experts), weights.detach().flatten()
+    rows = torch.randn(tokens * k, width).to(dtype)
+
+    def whole() -> object:
+        leaf = x.detach().requires_grad_()
+        routing = layer.route(RouterInput(tokens=leaf, mode="train"))
+        return layer(leaf, routing).backward(grad)
+
+    calls: Calls = {
+        "whole layer": whole,
+        "scores and choice": lambda: choose(logits, torch.zeros(experts), k)[1].backward(weights_grad),
+        "plan": lambda: plan_choice(chosen, experts),
+        "rows of x and of its gradient": lambda: [x.index_select(0, plan.tokens) for _ in range(2)],
+        "sums over rows, forward and backward": lambda: [
+            sum_rows(rows, plan.where, plan.offsets, scales, per_token=k) for scales in (gates, None)
+        ],
+    }
+    timings = interleave(calls, rounds=rounds, threads=threads)
+    shares = [
+        [
+            name,
+            timings.time(name).text(scale=1e3, digits=1),
+            timings.ratio(name, "whole layer").text(scale=100, digits=1),
+        ]
+        for name in calls
+    ]
+    title = f"Parts of a layer, D {width}, F {hidden}, E {experts}, K {k}, T {tokens}, "
+    title += f"{str(dtype).removeprefix('torch.')}, {threads} thr."
+    return f"## {title}\n\n{table(['', 'ms', '% of the layer'], shares)}"
+
+
+def assignment(rounds: int, threads: int) -> list[str]:
+    """Balanced assignment against scipy, which takes minutes: three rounds at most."""
+    return [auction_section(min(rounds, 3), threads)]
+
+
+SECTIONS: dict[str, Callable[[int, int], list[str]]] = {
+    "routing": routing,
+    "assignment": assignment,
+    "tables": tables,
+}
 """What can be timed, by name: from rounds and threads to Markdown."""
 
 if __name__ == "__main__":
