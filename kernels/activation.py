@@ -89,7 +89,9 @@ class _Activate(torch.autograd.Function):
             return None, activation_gradient(ctx.kind, hidden, grads[0])
         hidden, grad = hidden.contiguous(), grads[0].contiguous()
         out = torch.empty_like(hidden)
-        native.run("activation_backward", hidden.dtype, grad, hidden, out, *_sizes(ctx.kind, hidden, grad.shape[-1]))
+        native.run(
+            "activation_backward", hidden.dtype, grad, hidden, out, *_sizes(ctx.kind, hidden, grad.shape[-1])
+        )
         return None, out
 
 

@@ -22,7 +22,6 @@ from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
 from moesaic.kernels.plan import Plan
 
-
 SEGMENT_BYTES = 16 << 20
 """About what a thread of the CPU's kernel works in."""
 
@@ -134,6 +133,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, w1, w2, counts, *routes, kind, backend, _keep = inputs
     *tensors, ctx.per_token = routes
     ctx.kind, ctx.backend = kind, backend
+    ctx.set_materialize_grads(False)  # the hidden layer has none: not so many zeros
     ctx.save_for_backward(x, w1, w2, output[1], counts, *tensors)
 
 
@@ -223,7 +223,7 @@ class _Torch:
 
 
 class _Cpp:
-    """C++, with the matrix products of torch's BLAS. bf16 is computed in fp32, and only the hidden layer is kept in it."""
+    """C++, with the matrix products of torch's BLAS. bf16 is computed in fp32; the hidden layer is kept in it."""
 
     @staticmethod
     def forward(
@@ -297,7 +297,7 @@ class _Call:
         return self.new(torch.get_num_threads(), most * columns + _round_up(more))
 
     def kept(self) -> Tensor | None:
-        """Memory for gradients of all rows: where one expert has more than two threads' share, it cannot be one chain."""
+        """Memory for gradients of all rows, where an expert has more than two threads' share: too long for a chain."""
         if torch.get_num_threads() * int(self.counts.max()) <= 2 * self.rows:
             return None
         most_segments = self.rows // max(1, self.target // 2) + self.experts

@@ -88,8 +88,15 @@ template <class T> struct Experts {
     // The rows of a segment, one after the other: where they lie, or copied to `buffer`.
     const T* gather(const T* x, const Segment& s, T* buffer) const {
         if (!tokens) return x + s.first * dim;
-        for (int64_t r = 0; r < s.rows; ++r)
-            std::memcpy(buffer + r * dim, x + tokens[s.first + r] * dim, dim * sizeof(T));
+        constexpr int64_t ahead = 2, line = 64 / sizeof(T);  // hardware does not guess where the next row lies
+        for (int64_t r = 0; r < s.rows; ++r) {
+            const T *row = x + tokens[s.first + r] * dim, *later = x + tokens[s.first + std::min(r + ahead, s.rows - 1)] * dim;
+            T* out = buffer + r * dim;
+            for (int64_t i = 0; i < dim; i += line) {
+                __builtin_prefetch(later + i);
+                std::memcpy(out + i, row + i, std::min(line, dim - i) * sizeof(T));
+            }
+        }
         return buffer;
     }
 
