@@ -306,8 +306,8 @@ class _Call:
     def run(self, name: str, *args: Tensor | None) -> None:
         sizes = (self.x.shape[0], self.rows, self.experts, self.dim, self.width, self.inputs, self.target)
         tensors = (self.x, self.w1, self.w2, self.counts, *self.routes, *args)
-        gemm = native.gemm(self.dtype)
-        native.run(name, self.stored, gemm, *tensors, torch.tensor(sizes), self.kind)
+        products = (native.gemm(self.dtype), native.gemm_threads())
+        native.run(name, self.stored, *products, *tensors, torch.tensor(sizes), self.kind)
 
 
 def _segment(rows: int, row_bytes: int) -> int:

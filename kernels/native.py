@@ -95,7 +95,16 @@ def run(name: str, dtype: torch.dtype, *args: Argument) -> None:
 @cache
 def gemm(dtype: torch.dtype) -> ctypes.c_void_p | None:
     """The matrix product of torch's BLAS, for kernels that call it themselves; None where it cannot be found."""
-    name = {torch.float32: "sgemm_", torch.float64: "dgemm_"}[dtype]
+    return _symbol({torch.float32: "sgemm_", torch.float64: "dgemm_"}[dtype])
+
+
+@cache
+def gemm_threads() -> ctypes.c_void_p | None:
+    """MKL's function that limits the threads of its products to a number, for one calling thread; None without MKL."""
+    return _symbol("MKL_Set_Num_Threads_Local")
+
+
+def _symbol(name: str) -> ctypes.c_void_p | None:
     folder = Path(torch.__file__).with_name("lib")
     for path in (*folder.glob("libtorch_cpu.so"), *folder.glob("libtorch_cpu.dylib")):
         function = getattr(ctypes.CDLL(str(path)), name, None)

@@ -85,6 +85,9 @@ def test_serves_plain_tensors_of_one_type() -> None:
     one = torch.ones(1)
     assert native.serves(one, None, torch.nn.Parameter(one))
     assert not native.serves(one.half())
+    assert not native.serves(one.bfloat16())
+    assert native.serves_bf16(one.bfloat16()) is not native._computes_bf16()
+    assert not native.serves_bf16(one)
     assert not native.serves(one, one.double())
     assert not native.serves(torch.ones(1, device="meta"))
     with FakeTensorMode() as mode:
@@ -92,7 +95,8 @@ def test_serves_plain_tensors_of_one_type() -> None:
 
 
 @needs_compiler
-def test_threads_change_no_bit() -> None:
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "gemm_threads", lambda: None)  # else so little work would stay on one thread
     torch.manual_seed(0)
     rows, width = 300, 24
     x = torch.randn(rows, 2 * width)
@@ -133,6 +137,21 @@ def test_threads_change_no_bit() -> None:
             results.append([y, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
         for other in results[1:]:
             assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True)), op
+
+
+@needs_compiler
+def test_little_work_stays_on_one_thread_and_torch_keeps_its_threads() -> None:
+    """What limits BLAS to the caller's thread is undone afterwards."""
+    limit = native.gemm_threads()
+    if limit is None:
+        pytest.skip("torch's BLAS is not MKL")
+    set_local = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(limit.value or 0)
+    torch.set_num_threads(2)
+    before = set_local(0)
+    set_local(before)
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((8, 4), (2, 1, 4, 4), (2, 4, 4))]
+    expert_rows(leaves[0], leaves[1], leaves[2], torch.tensor([3, 5]), kind="relu2").sum().backward()
+    assert set_local(before) == before
 
 
 @needs_compiler

@@ -16,6 +16,24 @@ template <class T>
 using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*,
                       const int*, const T*, T*, const int*);
 
+// MKL's mkl_set_num_threads_local, where BLAS is MKL: how many threads the caller's products take; returns what was set.
+using Limit = int (*)(int);
+
+// A team of one is no parallel region to BLAS, which would then start threads of its own.
+struct Alone {
+    Limit limit;
+    int before;
+    Alone(Limit limit, int64_t threads) : limit(threads == 1 ? limit : nullptr) {
+        if (this->limit) before = limit(1);
+    }
+    ~Alone() {
+        if (limit) limit(before);
+    }
+};
+
+// Below about a millisecond of work each, threads cost more than they bring, most of all where cores are busy.
+constexpr double WORK_PER_THREAD = 1e8;
+
 // bf16 as the hidden layer is stored; arithmetic is fp32.
 struct BFloat {
     std::uint16_t bits;
@@ -281,28 +299,32 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
 
 // Sizes come in one array, in the order of the struct.
 template <class T>
-Experts<T> experts_of(Gemm<T> gemm, const T* w1, const T* w2, const int64_t* const* plan, const T* gates, const int64_t* sizes,
-                      int64_t threads) {
+Experts<T> experts_of(Gemm<T> gemm, Limit limit, const T* w1, const T* w2, const int64_t* const* plan, const T* gates,
+                      const int64_t* sizes, int64_t threads) {
+    const double work = 2.0 * sizes[1] * sizes[3] * (sizes[4] + sizes[5]);  // of the forward pass
+    if (limit) threads = std::min<int64_t>(threads, 1 + static_cast<int64_t>(work / WORK_PER_THREAD));
     return {gemm,     w1,       w2,       plan[0],  plan[1],  plan[2],  plan[3],  plan[4], gates,
             sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], threads};
 }
 
 #define EXPORT(T, S, NAME)                                                                                               \
     extern "C" void expert_mlp_forward_##NAME(                                                                           \
-        Gemm<T> gemm, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,                \
+        Gemm<T> gemm, Limit limit, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,   \
         const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates, S* hidden, T* rows, T* y,    \
         T* memory, const int64_t* sizes, int64_t kind, int64_t threads) {                                                \
         const int64_t* plan[] = {counts, tokens, order, where, offsets};                                                 \
-        const Experts<T> given = experts_of<T>(gemm, w1, w2, plan, gates, sizes, threads);                               \
+        const Experts<T> given = experts_of<T>(gemm, limit, w1, w2, plan, gates, sizes, threads);                        \
+        const Alone alone(limit, given.threads);                                                                         \
         with_kind(kind, [&](auto k) { forward<decltype(k)>(given, x, hidden, rows, y, memory); });                       \
     }                                                                                                                    \
     extern "C" void expert_mlp_backward_##NAME(                                                                          \
-        Gemm<T> gemm, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,                \
+        Gemm<T> gemm, Limit limit, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,   \
         const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates, const T* grad,               \
         const S* hidden, T* rows, T* grad_x, T* grad_w1, T* grad_w2, T* grad_gates, T* memory, T* kept,                  \
         const int64_t* sizes, int64_t kind, int64_t threads) {                                                           \
         const int64_t* plan[] = {counts, tokens, order, where, offsets};                                                 \
-        const Experts<T> given = experts_of<T>(gemm, w1, w2, plan, gates, sizes, threads);                               \
+        const Experts<T> given = experts_of<T>(gemm, limit, w1, w2, plan, gates, sizes, threads);                        \
+        const Alone alone(limit, given.threads);                                                                         \
         with_kind(kind, [&](auto k) {                                                                                    \
             backward<decltype(k)>(given, grad, x, hidden, rows, grad_x, grad_w1, grad_w2, grad_gates, memory, kept);     \
         });                                                                                                              \
