@@ -66,7 +66,7 @@ def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
     experts = min(tokens, width)  # the others have a quota of 0
     if experts <= 1:
         return scores.new_zeros(tokens, dtype=torch.int64)
-    if scores.dtype not in native.SUFFIX:
+    if scores.dtype not in native.SERVED:
         scores = scores.float()
     chosen = engine(backend, scores)  # type: ignore[arg-type]
     if chosen == "cpp":

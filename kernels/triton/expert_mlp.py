@@ -44,13 +44,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(
-    x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, routes: "Routes | None", kind: str, backend: Any
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    counts: Tensor,
+    routes: "Routes | None",
+    kind: str,
+    backend: Any,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the hidden layer before its non-linearity."""
+    """The output, and the hidden layer before its non-linearity, or nothing where it is not to be kept."""
     tokens = None if routes is None else routes.tokens
     rows = x.shape[0] if tokens is None else tokens.shape[0]
     if rows == 0:
-        return torch.zeros_like(x), x.new_empty(0, w1.shape[1] * w1.shape[2])
+        return torch.zeros_like(x), x.new_empty((0, w1.shape[1] * w1.shape[2]) if keep else 0)
     x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
     with torch.cuda.device_of(x):
@@ -61,7 +68,7 @@ def forward(
         if routes is not None:
             gates = routes.gates.contiguous()
             out = combine(out, routes.where, routes.offsets, gates, routes.per_token)
-    return out, hidden
+    return out, hidden if keep else hidden.new_empty(0)
 
 
 def backward(
