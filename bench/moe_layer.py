@@ -3,17 +3,23 @@
 Same weights and tokens on all sides; outputs and gradients are compared before anything is timed. Results:
 bench/results/moe_layer.md.
 
-    python bench/moe_layer.py [--threads 1 2] [--rounds 9] [--dtypes float32 bfloat16] [--shapes 0 1 2]
+    python bench/moe_layer.py [--threads 1 2] [--rounds 9] [--dtypes float32 bfloat16] [--shapes 0 1 2] [--busy]
+
+`--busy` keeps one core occupied by another process meanwhile.
 """
 
 import argparse
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peers import LayerPeer, LayerTensors, layer_peers
 from timing import Timings, interleave, table, write_result
 from torch import Tensor
 
+from moesaic.kernels.backend import Backend
 from moesaic.moe import MoE, RouterInput, TopKRouter
 from moesaic.train.device import tune_host
 
@@ -31,17 +37,34 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))))
+    arguments.add_argument("--busy", action="store_true")
     options = arguments.parse_args()
     tune_host()
     sections = []
-    for shape in (SHAPES[i] for i in options.shapes):
-        for dtype in (getattr(torch, name) for name in options.dtypes):
-            calls = candidates(shape, dtype)
-            timed = [interleave(calls, rounds=options.rounds, threads=threads) for threads in options.threads]
-            sections.append(section(shape, dtype, timed))
-            print(sections[-1], flush=True)
-    command = "python bench/moe_layer.py --threads " + " ".join(map(str, options.threads))
-    write_result("moe_layer", "One MoE layer, forward and backward", command, max(options.threads), sections)
+    with spinning(processes=int(options.busy)):
+        for shape in (SHAPES[i] for i in options.shapes):
+            for dtype in (getattr(torch, name) for name in options.dtypes):
+                calls = candidates(shape, dtype)
+                timed = [
+                    interleave(calls, rounds=options.rounds, threads=threads) for threads in options.threads
+                ]
+                sections.append(section(shape, dtype, timed))
+                print(sections[-1], flush=True)
+    command = "python bench/moe_layer.py " + " ".join(sys.argv[1:])
+    name = "moe_layer_busy" if options.busy else "moe_layer"
+    write_result(name, "One MoE layer, forward and backward", command.strip(), max(options.threads), sections)
+
+
+@contextmanager
+def spinning(*, processes: int) -> Iterator[None]:
+    """That many processes that do nothing but take processor time."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def candidates(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -58,12 +81,22 @@ def candidates(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable
     def our_layer(x: Tensor) -> Tensor:
         return ours(x, ours.route(RouterInput(tokens=x, mode="train")))
 
-    want = outputs(our_layer, x, grad)
+    def on_backend(backend: Backend) -> tuple[Tensor, Tensor]:
+        ours.zero_grad()
+        before, ours.experts.backend = ours.experts.backend, backend
+        try:
+            return outputs(our_layer, x, grad)
+        finally:
+            ours.experts.backend = before
+
+    want = on_backend("auto")
+    compare("plain torch", on_backend("torch"), want, dtype)
     for name, peer in peers.items():
         peer.load(weights)
         compare(name, outputs(peer, x, grad), want, dtype)
     calls: dict[str, Callable[[], object]] = {"dense products": dense_products(shape, dtype)}
-    calls["moesaic"] = lambda: (ours.zero_grad(), outputs(our_layer, x, grad))
+    calls["moesaic"] = lambda: on_backend("auto")
+    calls["moesaic, plain torch"] = lambda: on_backend("torch")
     for name, peer in peers.items():
         calls[name] = lambda peer=peer: (peer.zero_grad(), outputs(peer, x, grad))
     return calls

@@ -145,7 +145,12 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--write", action="store_true", help="write bench/results/triton_compile.md")
     options = arguments.parse_args()
-    tasks = [(variant.name, target) for variant in variants(options.only) for target in options.targets]
+    tasks = [
+        (variant.name, target)
+        for variant in variants(options.only)
+        for target in options.targets
+        if not variant.targets or target in variant.targets
+    ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         results = list(pool.map(job, tasks))
     if options.json:

@@ -73,22 +73,28 @@ class _Activate(torch.autograd.Function):
     def forward(ctx: Any, kind: ExpertKind, hidden: Tensor) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(hidden)
-        if kind == "swiglu" and native.serves(hidden):
-            hidden = hidden.contiguous()
-            width = hidden.shape[-1] // 2
-            out = hidden.new_empty(*hidden.shape[:-1], width)
-            native.run("gated_silu_forward", hidden.dtype, hidden, out, hidden[..., 0].numel(), width)
-            return out
-        return activation(kind, hidden)
+        if not native.serves(hidden):
+            return activation(kind, hidden)
+        hidden = hidden.contiguous()
+        width = hidden.shape[-1] // input_matrices(kind)
+        out = hidden.new_empty(*hidden.shape[:-1], width)
+        native.run("activation_forward", hidden.dtype, hidden, out, *_sizes(kind, hidden, width))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (hidden,) = ctx.saved_tensors
-        if ctx.kind == "swiglu" and native.serves(hidden, grads[0]):
-            hidden = hidden.contiguous()
-            grad, width = torch.empty_like(hidden), hidden.shape[-1] // 2
-            rows = hidden[..., 0].numel()
-            native.run("gated_silu_backward", hidden.dtype, grads[0].contiguous(), hidden, grad, rows, width)
-            return None, grad
-        return None, activation_gradient(ctx.kind, hidden, grads[0])
+        if not native.serves(hidden, grads[0]):
+            return None, activation_gradient(ctx.kind, hidden, grads[0])
+        hidden, grad = hidden.contiguous(), grads[0].contiguous()
+        out = torch.empty_like(hidden)
+        native.run(
+            "activation_backward", hidden.dtype, grad, hidden, out, *_sizes(ctx.kind, hidden, grad.shape[-1])
+        )
+        return None, out
+
+
+def _sizes(kind: ExpertKind, hidden: Tensor, width: int) -> tuple[int, int, int]:
+    """Rows, width, and the number of the kind in activation.h."""
+    return hidden[..., 0].numel(), width, KINDS.index(kind)

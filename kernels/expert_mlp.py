@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.kernels.activation import ExpertKind, activation, activation_gradient
-from moesaic.kernels.backend import Backend, engine, refusal
+from moesaic.kernels import native
+from moesaic.kernels.activation import KINDS, ExpertKind, activation, activation_gradient
+from moesaic.kernels.backend import Backend, BackendError, engine, refusal
 from moesaic.kernels.choice import fastest, machine
 from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
@@ -25,6 +26,8 @@ from moesaic.kernels.plan import Plan
 
 MEASURED = ("cuda",)
 """Types of device on which `auto` is a question of time: on a CPU the compiled kernels serve, or else torch."""
+SEGMENT_BYTES = 16 << 20
+"""About what a thread of the CPU's kernel works in."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,7 @@ def _expert_mlp(
     """The output, and the hidden layer before its non-linearity, or nothing where there will be no backward pass."""
     routes = _routes(gates, tokens, order, where, offsets, per_token)
     module = _engine(backend, x, w1, w2)
-    y, hidden = module.forward(x, w1, w2, counts, routes, kind, backend)
-    return y, hidden if keep else hidden.new_empty(0)
+    return module.forward(x, w1, w2, counts, routes, kind, backend, keep)
 
 
 @_expert_mlp.register_fake
@@ -157,6 +159,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, w1, w2, counts, *routes, kind, backend, _keep = inputs
     *tensors, ctx.per_token = routes
     ctx.kind, ctx.backend = kind, backend
+    ctx.set_materialize_grads(False)  # the hidden layer has none: not so many zeros
     ctx.save_for_backward(x, w1, w2, output[1], counts, *tensors)
 
 
@@ -185,7 +188,17 @@ def _routes(
 
 def _engine(backend: str, *tensors: Tensor) -> Any:
     """The implementation: something with `forward` and `backward` as below."""
-    engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
+    chosen = engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
+    if chosen == "triton":
+        from moesaic.kernels.triton import expert_mlp as kernels  # triton is optional
+
+        dtype = tensors[0].dtype
+        if dtype in kernels.DTYPES:
+            return kernels
+        if backend == "triton":
+            raise BackendError(f"kernels: triton has no experts of {dtype}; use 'auto' or 'torch'")
+    if chosen == "cpp" or (chosen == "torch" and backend == "auto" and native.serves_bf16(*tensors)):
+        return _Cpp if native.gemm(accumulation_dtype(tensors[0].dtype)) else _Torch
     return _Torch
 
 
@@ -194,11 +207,19 @@ class _Torch:
 
     @staticmethod
     def forward(
-        x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, routes: Routes | None, kind: Any, backend: Any
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        counts: Tensor,
+        routes: Routes | None,
+        kind: Any,
+        backend: Any,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = x if routes is None else x.index_select(0, routes.tokens)
         hidden = grouped_product(rows, w1.flatten(1, 2), counts, backend)
         out = grouped_product(activation(kind, hidden), w2, counts, backend)
+        hidden = hidden if keep else x.new_empty(0)
         if routes is None:
             return out, hidden
         return sum_rows(out, routes.where, routes.offsets, routes.gates, per_token=routes.per_token), hidden
@@ -233,3 +254,104 @@ class _Torch:
         if routes is not None:
             grad_x = sum_rows(grad_x, routes.where, routes.offsets, per_token=routes.per_token)
         return grad_x, grad_w1, grad_w2, grad_gates
+
+
+class _Cpp:
+    """C++, with the matrix products of torch's BLAS. bf16 is computed in fp32; the hidden layer is kept in it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        counts: Tensor,
+        routes: Routes | None,
+        kind: str,
+        backend: str,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        call = _Call(x, w1, w2, counts, routes, kind)
+        hidden = x.new_empty((call.rows, call.inputs) if keep else 0)
+        y = call.new(*x.shape)
+        rows = y if routes is None else call.new(call.rows, call.dim)
+        memory = call.memory(call.dim + call.inputs + call.width)
+        call.run("expert_mlp_forward", hidden if keep else None, rows, y, memory)
+        return y.to(x.dtype), hidden
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        hidden: Tensor,
+        counts: Tensor,
+        routes: Routes | None,
+        kind: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        call = _Call(x, w1, w2, counts, routes, kind)
+        grad_x, grad_w1, grad_w2 = call.new(*x.shape), call.new(*w1.shape), call.new(*w2.shape)
+        grad_gates = None if routes is None else call.new(call.rows)
+        rows = grad_x if routes is None else call.new(call.rows, call.dim)
+        memory = call.memory(2 * call.dim + call.inputs + call.width, call.inputs)
+        found = (grad_x, grad_w1, grad_w2, grad_gates)
+        call.run("expert_mlp_backward", grad.to(call.dtype), hidden, rows, *found, memory, call.kept())
+        if routes is not None and grad_gates is not None:
+            grad_gates = grad_gates.to(routes.gates.dtype)
+        return grad_x.to(x.dtype), grad_w1.to(x.dtype), grad_w2.to(x.dtype), grad_gates
+
+
+class _Call:
+    """What both directions hand to C++: pointers, sizes, and memory to work in."""
+
+    def __init__(
+        self, x: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, routes: Routes | None, kind: str
+    ) -> None:
+        self.dtype = accumulation_dtype(x.dtype)
+        self.stored = x.dtype
+        self.x, self.w1, self.w2 = (tensor.to(self.dtype).contiguous() for tensor in (x, w1, w2))
+        self.counts = counts
+        self.routes: tuple[Tensor | None, ...] = (None,) * 5
+        if routes is not None:
+            gates = routes.gates.to(self.dtype).contiguous()
+            self.routes = (routes.tokens, routes.order, routes.where, routes.offsets, gates)
+        self.rows = x.shape[0] if routes is None else routes.tokens.shape[0]
+        self.experts, self.dim, self.width = w2.shape
+        self.inputs = w1.shape[1] * self.width
+        self.target = _segment(self.rows, (2 * self.dim + self.inputs + self.width) * self.dtype.itemsize)
+        self.kind = KINDS.index(kind)  # type: ignore[arg-type]
+
+    def new(self, *shape: int) -> Tensor:
+        return self.x.new_empty(shape)
+
+    def memory(self, columns: int, more: int = 0) -> Tensor:
+        """Buffers of every thread; `most()` in C++ has the same formula."""
+        most = _round_up(self.target + self.target // 2 + 8)
+        return self.new(torch.get_num_threads(), most * columns + _round_up(more))
+
+    def kept(self) -> Tensor | None:
+        """Memory for gradients of all rows, where an expert has more than two threads' share: too long for a chain."""
+        if torch.get_num_threads() * int(self.counts.max()) <= 2 * self.rows:
+            return None
+        most_segments = self.rows // max(1, self.target // 2) + self.experts
+        return self.new((self.rows + 16 * most_segments) * (self.inputs + self.width))
+
+    def run(self, name: str, *args: Tensor | None) -> None:
+        sizes = (self.x.shape[0], self.rows, self.experts, self.dim, self.width, self.inputs, self.target)
+        tensors = (self.x, self.w1, self.w2, self.counts, *self.routes, *args)
+        products = (native.gemm(self.dtype), native.gemm_threads())
+        native.run(name, self.stored, *products, *tensors, torch.tensor(sizes), self.kind)
+
+
+def _segment(rows: int, row_bytes: int) -> int:
+    """How many rows one task takes: enough to feed a matrix product, few enough for caches and for equal shares.
+
+    By sizes only: sums over rows are cut where segments are, and must not depend on the number of threads.
+    """
+    cached = min(max(SEGMENT_BYTES // row_bytes, 256), 512)
+    return _round_up(min(cached, max(64, rows // 16)))
+
+
+def _round_up(size: int, step: int = 16) -> int:
+    return -(-size // step) * step

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 SOURCES = Path(__file__).with_name("cpp")
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+SUFFIX = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}
+SERVED = (torch.float32, torch.float64, torch.int64)
 BLOCK = 64
 """Rows of one partial sum; common.h has the same number."""
 COMPILE = "-x c++ -std=c++17 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math"
@@ -34,17 +40,38 @@ class BuildError(RuntimeError):
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: plain CPU tensors of one type, fp32 or float64; None counts as absent.
+    """Whether the kernels can take these: plain CPU tensors of one type, fp32 or float64, or int64 for ops on integers;
+    None counts as absent.
 
     Tensors of other classes (fake, distributed) and traced code are served by torch.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    if dtype not in SUFFIX or torch.compiler.is_compiling():
+    return given[0].dtype in SERVED and _plain(given)
+
+
+def serves_bf16(*tensors: Tensor) -> bool:
+    """Whether bf16 tensors are better served by kernels that compute in fp32 than by torch.
+
+    So it is where the processor has no arithmetic in bf16: torch then emulates it, at a fraction of fp32's speed. Where
+    it has some, torch's products are taken; which is faster there has not been measured.
+    """
+    return tensors[0].dtype == torch.bfloat16 and _plain(list(tensors)) and not _computes_bf16()
+
+
+def _plain(given: list[Tensor]) -> bool:
+    if torch.compiler.is_compiling():
         return False
     classes = (Tensor, nn.Parameter, FakeTensor) if _simulating else (Tensor, nn.Parameter)
+    dtype = given[0].dtype
     plain = all(type(t) in classes and t.device.type == "cpu" and t.dtype == dtype for t in given)
     return plain and _library() is not None
+
+
+@cache
+def _computes_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.exists() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
 
 
 @contextmanager
@@ -61,20 +88,32 @@ def simulated() -> Iterator[None]:
 Argument = Tensor | int | float | ctypes.c_void_p | None
 
 
-def run(name: str, dtype: torch.dtype, *args: Argument) -> None:
-    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer."""
+def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
+    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer.
+
+    Returns what the kernel returns, of which only kernels that check their input make use; 0 where nothing is computed.
+    """
     if _simulating:
-        return
+        return 0
     library = _library()
     assert library is not None, "serves() was not asked"
     function = library[f"{name}_{SUFFIX[dtype]}"]
-    function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
+    return function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
 
 
 @cache
 def gemm(dtype: torch.dtype) -> ctypes.c_void_p | None:
     """The matrix product of torch's BLAS, for kernels that call it themselves; None where it cannot be found."""
-    name = {torch.float32: "sgemm_", torch.float64: "dgemm_"}[dtype]
+    return _symbol({torch.float32: "sgemm_", torch.float64: "dgemm_"}[dtype])
+
+
+@cache
+def gemm_threads() -> ctypes.c_void_p | None:
+    """MKL's function that limits the threads of its products to a number, for one calling thread; None without MKL."""
+    return _symbol("MKL_Set_Num_Threads_Local")
+
+
+def _symbol(name: str) -> ctypes.c_void_p | None:
     folder = Path(torch.__file__).with_name("lib")
     for path in (*folder.glob("libtorch_cpu.so"), *folder.glob("libtorch_cpu.dylib")):
         function = getattr(ctypes.CDLL(str(path)), name, None)
@@ -168,7 +207,7 @@ def _library() -> ctypes.CDLL | None:
 def _pass(value: Argument) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
-        assert value.dtype in (torch.float32, torch.float64, torch.int64), value.dtype
+        assert value.dtype in SUFFIX, value.dtype
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, int):
         return ctypes.c_int64(value)

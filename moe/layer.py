@@ -91,4 +91,4 @@ def use_kernels(model: nn.Module, backend: Backend) -> None:
     """Have every mixture of experts within `model` run on `backend`; see `moesaic.kernels.backend`."""
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.backend = backend
+            module.experts.backend = module.router.backend = backend

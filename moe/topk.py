@@ -3,7 +3,7 @@
 Covers Switch (k 1, raw softmax), GShard and Mixtral (softmax over the chosen), DeepSeek-V3 (sigmoid, bias, groups,
 scaling) and loss-free balancing. Only routes: no losses, counters or process groups.
 
-Dims: T tokens, D width, E experts, K experts per token, G groups.
+Dims: T tokens, D width, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moesaic.kernels.backend import Backend
 from moesaic.kernels.combine import accumulation_dtype
+from moesaic.kernels.topk import Normalize, Score, choose
 from moesaic.moe.noise import key, uniform
 from moesaic.moe.routing import RouterInput, Routing
 from moesaic.moe.sizes import MOST_CHOSEN, check_size
@@ -32,9 +34,9 @@ class TopKRouter(nn.Module):
         kind: Literal["topk"] = "topk"
         k: int
         """Experts per token."""
-        score: Literal["softmax", "sigmoid"] = "softmax"
+        score: Score = "softmax"
         """How logits become scores."""
-        normalize: Literal["before", "after"] = "after"
+        normalize: Normalize = "after"
         """`before`: weights are the scores over all experts, taken before the choice. `after`: the scores of the chosen
         experts, scaled to sum to 1."""
         scale: float = 1.0
@@ -84,6 +86,7 @@ class TopKRouter(nn.Module):
         config.check(num_experts)
         self.config = config
         self.num_experts = num_experts
+        self.backend: Backend = "auto"
         self.gate = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.gate, std=dim**-0.5)
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -98,18 +101,18 @@ class TopKRouter(nn.Module):
         wide = accumulation_dtype(inputs.tokens.dtype)
         with torch.autocast(inputs.tokens.device.type, enabled=False):  # of a user's own loop
             logits = F.linear(jittered(inputs, config.jitter).to(wide), self.gate.to(wide))  # (T, E)
-        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
-        log_scores = logits if config.score == "softmax" else F.logsigmoid(logits)
-        selection = within_groups((scores + self.bias).detach(), config)
-        experts = selection.topk(config.k, dim=-1).indices  # (T, K)
-        if config.normalize == "after":
-            weights = log_scores.gather(-1, experts).softmax(-1)
-        else:
-            weights = scores.gather(-1, experts)
-        probabilities = scores if config.score == "softmax" else log_scores.softmax(-1)
-        return Routing.token_choice(
-            experts, weights * config.scale, probabilities=probabilities, logits=logits
+        experts, weights, probabilities = choose(
+            logits,
+            self.bias,
+            config.k,
+            score=config.score,
+            normalize=config.normalize,
+            groups=config.groups,
+            groups_kept=config.groups_kept,
+            scale=config.scale,
+            backend=self.backend,
         )
+        return Routing.token_choice(experts, weights, probabilities=probabilities, logits=logits)
 
 
 def jittered(inputs: RouterInput, width: float) -> Float[Tensor, "T D"]:
@@ -122,17 +125,6 @@ def jittered(inputs: RouterInput, width: float) -> Float[Tensor, "T D"]:
         indices = torch.arange(tokens.shape[0], device=tokens.device)
     noise = uniform(key(inputs.seed, inputs.step, inputs.layer), indices, tokens.shape[1])
     return tokens.to(accumulation_dtype(tokens.dtype)) * (1 - width + 2 * width * noise)
-
-
-def within_groups(selection: Float[Tensor, "T E"], config: TopKRouter.Config) -> Float[Tensor, "T E"]:
-    """Put -inf where an expert's group is not among the token's best; a group scores the sum of its best two."""
-    if config.groups_kept is None or config.groups_kept == config.groups:
-        return selection
-    grouped = selection.unflatten(-1, (config.groups, -1))  # (T, G, E / G)
-    best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-    kept = best.topk(config.groups_kept, dim=-1).indices
-    allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
-    return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
 def balanced_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:

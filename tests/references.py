@@ -1,9 +1,13 @@
 """Plain code that tests compare with: one token at a time, no sorting, no tricks."""
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels import native
 from moesaic.moe import MoE, Routing
 
 
@@ -37,3 +41,18 @@ def largest_error(got: Tensor, want: Tensor) -> float:
     """max|a - b| / max|b|."""
     got, want = got.detach(), want.detach()
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-300)) if want.numel() else 0.0
+
+
+def engines() -> list:
+    """Parameters backend and device: plain torch, C++, Triton in its interpreter, and on a GPU."""
+    compiled = pytest.mark.skipif(not native.serves(torch.ones(1)), reason=native.status())
+    interpreted = pytest.mark.skipif(
+        find_spec("triton") is None or torch.cuda.is_available(),
+        reason="needs triton, interprets without a GPU",
+    )
+    return [
+        pytest.param("torch", "cpu", id="torch"),
+        pytest.param("auto", "cpu", id="cpp", marks=compiled),
+        pytest.param("triton", "cpu", id="interpreter", marks=interpreted),
+        pytest.param("triton", "cuda", id="gpu", marks=pytest.mark.gpu),
+    ]

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from references import largest_error
 
 from moesaic.kernels import native
-from moesaic.kernels.activation import activate
+from moesaic.kernels.activation import KINDS, ExpertKind, activate, activation, input_matrices
 from moesaic.kernels.combine import combine_rows, gather_rows, sum_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
-from moesaic.kernels.grouped_linear import grouped_linear
+from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
 from moesaic.kernels.rms_norm import rms_norm
 from moesaic.kernels.rotary import normed_rotary
 
@@ -35,33 +35,22 @@ def poison() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_grouped_linear_is_a_product_per_group(counts: list[int], dtype: torch.dtype) -> None:
+def test_grouped_products_are_products_per_group(counts: list[int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    rows = torch.randn(sum(counts), 7, dtype=torch.float64)
-    weights = torch.randn(len(counts), 5, 7, dtype=torch.float64)
-    grad = torch.randn(sum(counts), 5, dtype=torch.float64)
-    exact = [t.to(dtype).to(torch.float64).requires_grad_() for t in (rows, weights)]
-    parts = [r @ w.T for r, w in zip(exact[0].split(counts), exact[1], strict=True)]
-    want = torch.cat(parts)
-    want.backward(grad.to(dtype).to(torch.float64))
+    rows = torch.randn(sum(counts), 7, dtype=torch.float64).to(dtype)
+    weights = torch.randn(len(counts), 5, 7, dtype=torch.float64).to(dtype)
+    grad = torch.randn(sum(counts), 5, dtype=torch.float64).to(dtype)
+    parts = [part.double() for part in rows.split(counts)]
+    want = torch.cat([part @ w.double().T for part, w in zip(parts, weights, strict=True)])
+    grads = grad.double().split(counts)
+    want_outer = torch.stack([g.T @ part for g, part in zip(grads, parts, strict=True)])
 
     poison()
-    given = [t.to(dtype).requires_grad_() for t in (rows, weights)]
-    got = grouped_linear(given[0], given[1], torch.tensor(counts))
-    got.backward(grad.to(dtype))
-    for ours, theirs in [(got, want), *((g.grad, e.grad) for g, e in zip(given, exact, strict=True))]:
-        assert ours is not None
-        assert theirs is not None
+    got = grouped_product(rows, weights, torch.tensor(counts))
+    got_outer = grouped_outer(grad, rows, torch.tensor(counts))
+    for ours, theirs in [(got, want), (got_outer, want_outer)]:
         assert ours.dtype == dtype
         assert largest_error(ours.double(), theirs) < TOLERANCE[dtype]
-
-
-def test_grouped_linear_op_is_consistent() -> None:
-    rows = torch.randn(6, 8, requires_grad=True)
-    weights = torch.randn(3, 4, 8, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.moesaic.grouped_linear.default, (rows, weights, torch.tensor([2, 0, 4]), "auto")
-    )
 
 
 def assignments(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int | None]:
@@ -78,6 +67,25 @@ def assignments(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, in
     by_row[row_of] = tokens
     offsets = F.pad(torch.bincount(tokens, minlength=7).cumsum(0), (1, 0))
     return by_row, row_of, offsets, 7, 3 if kind == "regular" else None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", ["regular", "ragged", "none"])
+def test_sum_rows(kind: str, weighted: bool, dtype: torch.dtype) -> None:
+    tokens, where, offsets, count, k = assignments(kind)
+    torch.manual_seed(0)
+    total = tokens.shape[0]
+    rows = torch.randn(total, 5, dtype=torch.float64).to(dtype)
+    weights = torch.rand(total, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    want = torch.zeros(count, 5, dtype=torch.float64)
+    for assignment in range(total):
+        row = int(where[assignment])
+        want[tokens[row]] += (float(weights[assignment]) if weighted else 1) * rows[row].double()
+    poison()
+    got = sum_rows(rows, where, offsets, weights if weighted else None, per_token=k)
+    assert got.dtype == dtype
+    assert largest_error(got.double(), want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -188,10 +196,41 @@ def gated_silu(hidden: torch.Tensor) -> torch.Tensor:
     return activate("swiglu", hidden)
 
 
-def test_gated_silu_gradients() -> None:
-    hidden = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(gated_silu(hidden), F.silu(hidden[:, :5]) * hidden[:, 5:])
-    assert torch.autograd.gradcheck(gated_silu, (hidden,))
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_gradients(kind: ExpertKind) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 5 * input_matrices(kind), dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(activate(kind, hidden), activation(kind, hidden), rtol=1e-13, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda hidden: activate(kind, hidden), (hidden,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_is_exact(backend: str, dtype: torch.dtype) -> None:
+    """Values and slopes over the whole range, against erf in float64; tails keep their digits in C++."""
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 1e30, -1e30], dtype=torch.float64)
+    x = torch.cat([torch.linspace(-12, 12, 40_001, dtype=torch.float64), ends]).to(dtype)[:, None]
+    x.requires_grad_()
+    y = activate("gelu", x)
+    y.sum().backward()
+    assert x.grad is not None
+    exact = x.detach().double()
+    share = 0.5 * torch.erfc(-exact * 0.5**0.5)
+    density = torch.exp(-0.5 * exact * exact) / (2 * torch.pi) ** 0.5
+    unit = torch.finfo(dtype).eps
+    assert ((y.double() - exact * share).abs() / (1 + exact.abs())).max() < 3 * unit
+    assert ((x.grad.double() - share - exact * density).abs()).max() < 4 * unit
+    if backend == "cpp":
+        tail = (exact > -5) & (exact < 0)
+        errors = (y.double() / (exact * share) - 1).abs()[tail]
+        assert errors.max() < 40 * unit
+    for end in (float("inf"), float("nan")):
+        assert torch.equal(activate("gelu", torch.full((1, 1), end)), torch.full((1, 1), end)) or end != end
+    assert activate("gelu", torch.full((1, 3), float("nan"), dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_passes_through_activations(kind: ExpertKind) -> None:
+    assert activate(kind, torch.full((2, 6), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

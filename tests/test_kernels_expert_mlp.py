@@ -1,6 +1,7 @@
 """The experts' op against a loop over assignments in float64: output and every gradient, every engine and kind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from moesaic.kernels.plan import Plan, plan_choice, plan_ragged
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-ENGINES = ["torch", "cpp", "triton"]
+ENGINES = ["torch", "cpp", "triton", pytest.param("gpu", marks=pytest.mark.gpu)]
+"""`triton` runs in the interpreter; `gpu` is the same on a GPU."""
 SHAPES = {
     "one token": (1, 8, 16, 3, 1),
     "odd": (7, 9, 5, 4, 2),
@@ -25,6 +27,7 @@ SHAPES = {
     "one expert": (5, 8, 8, 1, 1),
     "many experts": (13, 8, 8, 40, 2),
     "many rows": (513, 24, 8, 4, 2),
+    "several tiles, uneven": (37, 100, 36, 3, 2),
 }
 """T, D, F, E, K."""
 
@@ -40,7 +43,16 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 def backend_of(engine: str) -> Backend:
-    return {"torch": "torch", "cpp": "auto", "triton": "triton"}[engine]  # type: ignore[return-value]
+    return {"torch": "torch", "cpp": "auto"}.get(engine, "triton")  # type: ignore[return-value]
+
+
+def device_of(engine: str) -> torch.device:
+    return torch.device("cuda") if engine == "gpu" else CPU
+
+
+def moved(plan: Plan, device: torch.device) -> Plan:
+    names = ("counts", "tokens", "order", "where", "offsets")
+    return replace(plan, **{name: getattr(plan, name).to(device) for name in names})
 
 
 @dataclass
@@ -56,12 +68,12 @@ class Case:
     experts: Tensor
     plan: Plan
 
-    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+    def leaves(self, dtype: torch.dtype, device: torch.device = CPU) -> list[Tensor]:
         """x, gates, w1, w2 to differentiate by. Gates are fp32 or wider, as routers make them."""
         wide = torch.promote_types(dtype, torch.float32)
         types = (dtype, wide, dtype, dtype)
         given = (self.x, self.gates, self.w1, self.w2)
-        return [t.to(kind).detach().requires_grad_() for t, kind in zip(given, types, strict=True)]
+        return [t.to(device, kind).detach().requires_grad_() for t, kind in zip(given, types, strict=True)]
 
 
 def make_case(
@@ -101,26 +113,27 @@ def loop(case: Case, kind: ExpertKind) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), list(torch.autograd.grad(out, leaves, case.grad))
 
 
-def run(case: Case, kind: ExpertKind, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[Tensor]]:
-    leaves = case.leaves(dtype)
+def run(case: Case, kind: ExpertKind, dtype: torch.dtype, engine: str) -> tuple[Tensor, list[Tensor]]:
+    device, backend = device_of(engine), backend_of(engine)
+    leaves = case.leaves(dtype, device)
     for size in (64, 1000, 20_000, 200_000):  # the next allocations get memory full of NaN
-        torch.full((size,), float("nan"))
+        torch.full((size,), float("nan"), device=device)
     x, gates, w1, w2 = leaves
-    y = expert_mlp(x, gates, w1, w2, case.plan, kind=kind, backend=backend)
-    return y.detach(), list(torch.autograd.grad(y, leaves, case.grad.to(dtype)))
+    y = expert_mlp(x, gates, w1, w2, moved(case.plan, device), kind=kind, backend=backend)
+    return y.detach().cpu(), [g.cpu() for g in torch.autograd.grad(y, leaves, case.grad.to(device, dtype))]
 
 
 def check(case: Case, kind: ExpertKind, dtype: torch.dtype, engine: str) -> None:
-    if engine == "triton" and dtype == torch.float64:
+    if engine in ("triton", "gpu") and dtype == torch.float64:
         pytest.skip("GPUs' matrix units are not asked for float64")
     want, want_grads = loop(case, kind)
-    got, grads = run(case, kind, dtype, backend_of(engine))
+    got, grads = run(case, kind, dtype, engine)
     assert got.dtype == dtype
     for name, ours, theirs in zip(
         ["y", "x", "gates", "w1", "w2"], [got, *grads], [want, *want_grads], strict=True
     ):
         assert largest_error(ours.double(), theirs) < TOLERANCE[dtype], name
-    again, again_grads = run(case, kind, dtype, backend_of(engine))
+    again, again_grads = run(case, kind, dtype, engine)
     for one, other in zip([got, *grads], [again, *again_grads], strict=True):
         assert torch.equal(one, other)
 
@@ -131,7 +144,7 @@ def test_equals_a_loop(engine: str, shape: str, dtype: torch.dtype) -> None:
     check(make_case(SHAPES[shape], "swiglu", dtype), "swiglu", dtype, engine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(engine: str, kind: ExpertKind, dtype: torch.dtype) -> None:
     check(make_case((19, 16, 8, 4, 2), kind, dtype), kind, dtype, engine)
@@ -140,6 +153,89 @@ def test_every_kind(engine: str, kind: ExpertKind, dtype: torch.dtype) -> None:
 def test_all_tokens_to_one_expert_and_empty_experts(engine: str) -> None:
     experts = torch.full((33, 1), 2)
     check(make_case((33, 16, 8, 4, 1), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
+
+
+def test_many_rows_to_one_expert(engine: str) -> None:
+    """More rows than a tile has, and experts before and after it that have none."""
+    experts = torch.full((513, 1), 1)
+    check(make_case((513, 12, 8, 3, 1), "relu2", torch.float32, experts), "relu2", torch.float32, engine)
+
+
+def test_most_experts_are_empty(engine: str) -> None:
+    many = 512 if engine == "gpu" else 70  # the interpreter is slow
+    experts = torch.tensor([[many - 1, 3], [3, 0], [many - 1, 40]])
+    check(make_case((3, 8, 8, many, 2), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
+
+
+def test_every_number_is_written(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all new memory full of NaN, and integers out of range."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        made = empty(self, *args, **kwargs)
+        return made.fill_(float("nan") if made.is_floating_point() else 1 << 30)
+
+    case = make_case((21, 40, 36, 5, 2), "swiglu", torch.float32)
+    want, want_grads = loop(case, "swiglu")
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    got, grads = run(case, "swiglu", torch.float32, engine)
+    for ours, theirs in zip([got, *grads], [want, *want_grads], strict=True):
+        assert largest_error(ours.double(), theirs) < TOLERANCE[torch.float32]
+
+
+def test_triton_means_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward run the grouped products of this file's engine, and no product of torch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backends.triton_refusal(device):
+        pytest.skip(f"{backends.triton_refusal(device)}")
+    from moesaic.kernels import expert_mlp as dispatch
+    from moesaic.kernels.triton import expert_mlp as kernels
+
+    called = []
+    for name in ("hidden_layer", "product", "outer", "hidden_gradient", "combine", "gate_gradients"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, n=name, r=real, **k: (called.append(n), r(*a, **k))[1])
+    monkeypatch.setattr(dispatch, "grouped_product", None)
+    case = make_case((6, 8, 8, 3, 2), "swiglu", torch.float32)
+    run(case, "swiglu", torch.float32, "gpu" if device.type == "cuda" else "triton")
+    forward, backward = ["hidden_layer", "product", "combine"], ["hidden_gradient", "gate_gradients"]
+    assert called == [*forward, *backward, "outer", "outer", "product", "combine"]
+    for name, table in kernels.TABLES.items():  # one list of tiles serves them all
+        heights = {blocks.m for role, blocks in table.items() if "outer" not in role}
+        assert len(heights) == 1, name
+    with pytest.raises(BackendError, match=r"triton has no experts of torch\.float64"):
+        run(case, "swiglu", torch.float64, "gpu" if device.type == "cuda" else "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_real_sizes(kind: ExpertKind, skewed: bool) -> None:
+    """Against torch in fp32, expert by expert."""
+    t, d, f, e, k = 4096, 2048, 768, 128, 8
+    torch.manual_seed(0)
+    x, grad = (torch.randn(t, d, device="cuda").bfloat16() for _ in range(2))
+    w1 = (torch.randn(e, input_matrices(kind), f, d, device="cuda") / d**0.5).bfloat16()
+    w2 = (torch.randn(e, d, f, device="cuda") / f**0.5).bfloat16()
+    scores = torch.rand(t, e, device="cuda")
+    if skewed:
+        scores[:, :k] += torch.rand(t, k, device="cuda")
+        scores[:, -3:] = -1
+    plan = plan_choice(scores.topk(k, -1).indices, e)
+    gates = torch.rand(t * k, device="cuda")
+    leaves = [tensor.requires_grad_() for tensor in (x, gates, w1, w2)]
+    y = expert_mlp(x, gates, w1, w2, plan, kind=kind, backend="triton")
+    grads = torch.autograd.grad(y, leaves, grad)
+    wide = [tensor.detach().float().requires_grad_() for tensor in leaves]
+    want, start = torch.zeros(t, d, device="cuda"), 0
+    for expert, count in enumerate(plan.counts.tolist()):
+        rows = slice(start, start + count)
+        tokens, start = plan.tokens[rows], start + count
+        hidden = [wide[0][tokens] @ matrix.T for matrix in wide[2][expert]]
+        out = act(kind, hidden) @ wide[3][expert].T * wide[1][plan.order[rows]][:, None]
+        want = want.index_add(0, tokens, out)
+    for ours, theirs in zip([y, *grads], [want, *torch.autograd.grad(want, wide, grad.float())], strict=True):
+        assert largest_error(ours.detach().float(), theirs.detach()) < TOLERANCE[torch.bfloat16]
 
 
 def test_ragged_assignments(engine: str) -> None:
@@ -153,8 +249,10 @@ def test_ragged_assignments(engine: str) -> None:
 
 
 def test_no_tokens(engine: str) -> None:
-    leaves = [torch.randn(shape).requires_grad_() for shape in ((0, 8), (0,), (4, 2, 8, 8), (4, 8, 8))]
-    plan = plan_choice(torch.empty(0, 2, dtype=torch.int64), 4)
+    device = device_of(engine)
+    shapes = ((0, 8), (0,), (4, 2, 8, 8), (4, 8, 8))
+    leaves = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    plan = plan_choice(torch.empty(0, 2, dtype=torch.int64, device=device), 4)
     x, gates, w1, w2 = leaves
     y = expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend=backend_of(engine))
     y.sum().backward()
@@ -166,8 +264,9 @@ def test_no_tokens(engine: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rows_that_lie_in_order(engine: str, dtype: torch.dtype) -> None:
-    if engine == "triton" and dtype == torch.float64:
+    if engine in ("triton", "gpu") and dtype == torch.float64:
         pytest.skip("GPUs' matrix units are not asked for float64")
+    device = device_of(engine)
     torch.manual_seed(0)
     counts = torch.tensor([3, 0, 14, 1])
     exact = [
@@ -181,17 +280,18 @@ def test_rows_that_lie_in_order(engine: str, dtype: torch.dtype) -> None:
     ]
     want = torch.cat(parts)
     want_grads = torch.autograd.grad(want, exact, grad.double())
-    rows, w1, w2 = leaves = [t.detach().to(dtype).requires_grad_() for t in exact]
-    got = expert_rows(rows, w1, w2, counts, kind="swiglu", backend=backend_of(engine))
-    grads = torch.autograd.grad(got, leaves, grad)
+    rows, w1, w2 = leaves = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    got = expert_rows(rows, w1, w2, counts.to(device), kind="swiglu", backend=backend_of(engine))
+    grads = torch.autograd.grad(got, leaves, grad.to(device))
     for ours, theirs in zip([got, *grads], [want, *want_grads], strict=True):
-        assert largest_error(ours.detach().double(), theirs.detach()) < TOLERANCE[dtype]
+        assert largest_error(ours.detach().double().cpu(), theirs.detach()) < TOLERANCE[dtype]
 
 
 def test_op_is_consistent_and_compiles_whole(engine: str) -> None:
     case = make_case((6, 8, 8, 3, 2), "swiglu", torch.float32)
-    plan, backend = case.plan, backend_of(engine)
-    x, gates, w1, w2 = case.leaves(torch.float32)
+    device, backend = device_of(engine), backend_of(engine)
+    plan = moved(case.plan, device)
+    x, gates, w1, w2 = case.leaves(torch.float32, device)
     tensors = (plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
     args = (x, w1, w2, plan.counts, gates, *tensors, "swiglu", backend, True)
     torch.library.opcheck(torch.ops.moesaic.expert_mlp.default, args)
@@ -202,7 +302,7 @@ def test_op_is_consistent_and_compiles_whole(engine: str) -> None:
     want = layer(x, gates, w1, w2)
     got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, gates, w1, w2)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    grads = [torch.autograd.grad(y, (x, gates, w1, w2), case.grad.float()) for y in (got, want)]
+    grads = [torch.autograd.grad(y, (x, gates, w1, w2), case.grad.float().to(device)) for y in (got, want)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -213,7 +313,7 @@ def test_nothing_of_the_size_of_rows_times_width_is_kept(engine: str) -> None:
     for k in (1, 4):
         case = make_case((32, 64, 32 // k, 4, k), "swiglu", torch.float32)
         saved: list[Tensor] = []
-        x, gates, w1, w2 = leaves = case.leaves(torch.float32)
+        x, gates, w1, w2 = leaves = case.leaves(torch.float32, device_of(engine))
         inputs = {leaf.data_ptr() for leaf in leaves}
 
         def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
@@ -221,7 +321,8 @@ def test_nothing_of_the_size_of_rows_times_width_is_kept(engine: str) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            expert_mlp(x, gates, w1, w2, case.plan, kind="swiglu", backend=backend_of(engine))
+            plan = moved(case.plan, device_of(engine))
+            expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend=backend_of(engine))
         floats = [t for t in saved if t.is_floating_point() and t.data_ptr() not in inputs]
         kept[k] = sum(t.numel() for t in floats)
     assert kept[1] == kept[4] == 32 * 2 * 32

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.kernels import native
 from moesaic.kernels.activation import activate
-from moesaic.kernels.combine import combine_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
-from moesaic.kernels.grouped_linear import grouped_linear
+from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.plan import plan_choice
 from moesaic.kernels.rms_norm import rms_norm
 from moesaic.kernels.rotary import normed_rotary
 from moesaic.models.transformer import Transformer
@@ -84,7 +84,12 @@ def test_can_be_switched_off() -> None:
 def test_serves_plain_tensors_of_one_type() -> None:
     one = torch.ones(1)
     assert native.serves(one, None, torch.nn.Parameter(one))
+    assert native.serves(one.long())
     assert not native.serves(one.half())
+    assert not native.serves(one, one.long())
+    assert not native.serves(one.bfloat16())
+    assert native.serves_bf16(one.bfloat16()) is not native._computes_bf16()
+    assert not native.serves_bf16(one)
     assert not native.serves(one, one.double())
     assert not native.serves(torch.ones(1, device="meta"))
     with FakeTensorMode() as mode:
@@ -92,22 +97,37 @@ def test_serves_plain_tensors_of_one_type() -> None:
 
 
 @needs_compiler
-def test_threads_change_no_bit() -> None:
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "gemm_threads", lambda: None)  # else so little work would stay on one thread
     torch.manual_seed(0)
     rows, width = 300, 24
     x = torch.randn(rows, 2 * width)
     counts = torch.tensor([270, 0, 30])
+    # with three threads the first is too much for a chain: its weights' gradients are formed at the end, by slices
+    few, many = (torch.rand(rows, 1) > 0.9).long(), torch.rand(rows, 7).topk(3).indices
     turns = torch.polar(torch.ones(30, 1, 4), torch.randn(30, 1, 4))
-    where, offsets = torch.randperm(rows), torch.arange(0, rows + 1, 3)
+
+    def mixed(x: torch.Tensor, w: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Seven experts of width 8 whose weights come from w."""
+        w1 = w.repeat(7, 3, 1)[:, :16].unflatten(1, (2, 8))
+        w1 = w1 * torch.linspace(0.5, 1, 7)[:, None, None, None].to(x.dtype)
+        w2 = w1[:, 0].transpose(1, 2).contiguous()
+        gates = x[:, : chosen.shape[1]].sigmoid().flatten()
+        return expert_mlp(x, gates, w1, w2, plan_choice(chosen, 7), kind="swiglu")
+
     calls = {
         rms_norm: lambda x, w: rms_norm(x, w[0], 1e-6),
         activate: lambda x, w: activate("swiglu", x),
         normed_rotary: lambda x, w: torch.cat(
             normed_rotary(x.view(10, 30, 6, 8), turns, 2, query_weight=w[0, :8], key_weight=w[1, :8]), 2
         ),
-        combine_rows: lambda x, w: combine_rows(x, x[:, 0].sigmoid(), where // 3, where, offsets),
+        "few experts": lambda x, w: mixed(x, w, few),
+        "many experts": lambda x, w: mixed(x, w, many),
+        "in bf16": lambda x, w: mixed(x.bfloat16(), w.bfloat16(), many),
         linear_cross_entropy: lambda x, w: linear_cross_entropy(x, w, torch.arange(rows) % 5, chunk=64),
-        grouped_linear: lambda x, w: grouped_linear(x, w.unflatten(0, (3, -1)), counts),
+        expert_rows: lambda x, w: expert_rows(
+            x, w.view(3, 1, 2, -1), w.view(3, 2, -1).mT.contiguous(), counts, kind="gelu"
+        ),
     }
     for op, call in calls.items():
         results = []
@@ -119,6 +139,21 @@ def test_threads_change_no_bit() -> None:
             results.append([y, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
         for other in results[1:]:
             assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True)), op
+
+
+@needs_compiler
+def test_little_work_stays_on_one_thread_and_torch_keeps_its_threads() -> None:
+    """What limits BLAS to the caller's thread is undone afterwards."""
+    limit = native.gemm_threads()
+    if limit is None:
+        pytest.skip("torch's BLAS is not MKL")
+    set_local = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(limit.value or 0)
+    torch.set_num_threads(2)
+    before = set_local(0)
+    set_local(before)
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((8, 4), (2, 1, 4, 4), (2, 4, 4))]
+    expert_rows(leaves[0], leaves[1], leaves[2], torch.tensor([3, 5]), kind="relu2").sum().backward()
+    assert set_local(before) == before
 
 
 @needs_compiler

@@ -7,7 +7,18 @@ import torch
 from references import largest_error, moe_by_tokens
 from torch import Tensor
 
-from moesaic.moe import BalanceLoss, MoE, RouterInput, Routing, TopKRouter, ZLoss, aux_loss, make_plan
+from moesaic.kernels.backend import Backend, triton_refusal
+from moesaic.moe import (
+    BalanceLoss,
+    MoE,
+    RouterInput,
+    Routing,
+    TopKRouter,
+    ZLoss,
+    aux_loss,
+    make_plan,
+    use_kernels,
+)
 from moesaic.moe.experts import Bank
 
 EXACT = 1e-12
@@ -178,3 +189,22 @@ def test_weight_sources_may_supply_other_weights() -> None:
     assert not torch.equal(moe(x, routing), twin(x, routing))
     other.load_state_dict(moe.bank.state_dict() if moe.bank else {})
     assert torch.equal(moe(x, routing), twin(x, routing))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backends_compute_one_layer(backend: Backend) -> None:
+    """From routing to output, and every gradient, as with the backend of this machine."""
+    if backend == "triton" and triton_refusal(torch.device("cpu")):
+        pytest.skip(f"{triton_refusal(torch.device('cpu'))}")
+    torch.manual_seed(0)
+    moe = MoE(MoE.Config(num_experts=5, hidden=16, router=TopKRouter.Config(k=2), shared_experts=1), 32)
+    x, grad = torch.randn(19, 32), torch.randn(19, 32)
+
+    def run() -> list[Tensor]:
+        y = moe(x, moe.route(RouterInput(tokens=x, mode="train")))
+        return [y.detach(), *torch.autograd.grad(y, [*moe.parameters()], grad)]
+
+    want = run()
+    use_kernels(moe, backend)
+    for ours, theirs in zip(run(), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

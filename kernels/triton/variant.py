@@ -26,3 +26,5 @@ class Variant:
     """Scalars that are multiples of 16; pointers always are."""
     matrix: bool = False
     """Whether tensor cores must appear in the machine code."""
+    targets: tuple[str, ...] = ()
+    """The targets of bench/triton_table.py that the launcher uses it on; none named: all."""
