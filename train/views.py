@@ -95,6 +95,8 @@ def progress_fields(progress: Progress) -> list[tuple[str, str]]:
         fields.append(("MFU", f"{progress.mfu:.0%}"))
     if progress.imbalance is not None:
         fields.append(("imbalance", f"{progress.imbalance:.2f}"))
+    if progress.rank_imbalance is not None:
+        fields.append(("of ranks", f"{progress.rank_imbalance:.2f}"))
     if progress.memory is not None:
         fields.append(("mem", size(progress.memory)))
     return fields
