@@ -86,9 +86,7 @@ class Meter:
         )
 
 
-def dense_bytes(
-    model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype
-) -> dict[str, int]:
+def dense_bytes(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that all ranks together send in a step for what is not experts; computed, not measured.
 
     `weights`: every micro-batch gathers each unit for its forward pass and again for its backward pass, and what is in
