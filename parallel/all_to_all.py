@@ -34,11 +34,14 @@ class Traffic:
     """What a dispatcher has moved since it was last asked."""
 
     rows: int = 0
-    """Rows that arrived here, this rank's own included."""
-    bytes_sent: int = 0
-    """To other ranks, forward and backward."""
+    """Rows that came to this rank's experts, its own included; each once, also where its layer is computed again."""
+    bytes_tokens: int = 0
+    """Rows and their gradients, to other ranks; what is computed again is sent again."""
+    bytes_counts: int = 0
+    """Counts, to other ranks. Plans that are compared do not count."""
     seconds_waited: float = 0.0
-    """Until counts or rows were there."""
+    """By the host, until counts or rows were there. On a GPU only counts let it wait, which includes the GPU's own work
+    up to them."""
 
 
 @dataclass
@@ -104,13 +107,15 @@ class AllToAll:
             gathered = [torch.empty_like(plan.counts) for _ in range(ranks)]
             dist.all_gather(gathered, plan.counts.contiguous(), group=self.group)
             counts = torch.stack(gathered).cpu().numpy()
+        self.traffic.bytes_counts += (ranks - 1) * plan.counts.nbytes
         present = no_copies(self.owners, ranks)
         tokens = token_plan(counts, present, self.topology)
         if self.compare_plans:
             self._compare(digest(counts, present, tokens))
         rank = dist.get_rank(self.group)
         found = rounds(tokens, present, rank, self.max_rows)
-        self.traffic.rows += int(tokens[:, :, rank].sum())
+        if torch._C._current_graph_task_id() == -1:  # else a backward pass is computing the layer again
+            self.traffic.rows += int(tokens[:, :, rank].sum())
         return found
 
     def _round(
@@ -176,7 +181,7 @@ class Travel:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         self.rows = rows  # kept until it has left
         self.work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
-        traffic.bytes_sent += (sum(send) - send[own]) * rows.shape[1] * rows.element_size()
+        traffic.bytes_tokens += (sum(send) - send[own]) * rows.shape[1] * rows.element_size()
         return out
 
     def returned(self) -> Tensor:

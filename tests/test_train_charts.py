@@ -8,7 +8,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from moesaic.train.charts import Curve, LoadMap, Series, line_chart, load_chart, smooth, thin
+from moesaic.train.charts import (
+    Curve,
+    LoadMap,
+    Series,
+    WaitMap,
+    line_chart,
+    load_chart,
+    smooth,
+    thin,
+    wait_chart,
+)
 
 DATA = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)\"")
 
@@ -111,3 +121,27 @@ def test_experts_that_share_a_row_show_the_one_farthest_from_balance():
     pixels = image(load_chart(LoadMap(np.array([1.0, 2, 3]), {0: load}), key="x"))
     assert len(pixels) < 1000
     assert (pixels[:, 0, 3] == 1).sum() == 1
+
+
+def test_waiting_has_more_colour_the_longer_it_is_and_unknown_ranks_are_grey():
+    share = np.array([[0.0, 0.0], [0.25, 0.25], [0.5, 0.9], [np.nan, 0.0]])
+    svg = wait_chart(WaitMap(np.array([100.0, 200.0]), share), key="x")
+    assert [text for text in texts(svg) if text.isdecimal() and len(text) == 1][-4:] == ["0", "1", "2", "3"]
+    pixels = image(svg)
+    none, quarter, half, unknown = pixels[:, 0]
+    assert none[3] < 0.05
+    assert quarter[3] == pytest.approx(0.5, abs=0.05)
+    assert half[3] == 1
+    assert half[0] > half[2]  # orange
+    assert unknown[0] == unknown[1] == unknown[2]
+    assert pixels[2, -1].tolist() == half.tolist()  # beyond the scale
+
+
+def test_ranks_that_share_a_row_show_the_one_that_waited_longest():
+    share = np.zeros((2000, 2))
+    share[1001] = 0.5
+    svg = wait_chart(WaitMap(np.array([1.0, 2.0]), share), key="x")
+    pixels = image(svg)
+    assert len(pixels) < 1000
+    assert (pixels[:, 0, 3] == 1).sum() == 1
+    assert len(svg) < 100_000

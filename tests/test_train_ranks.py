@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.data.loader import Loader
 from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.names import logical_tensors
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
+from moesaic.parallel.shard import replicated_parameters
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import session
 from moesaic.train.assemble import Trainee
@@ -27,6 +29,7 @@ from moesaic.train.loop import Loop
 from moesaic.train.optim import build_optimizer
 from moesaic.train.rules import rules_of
 from moesaic.train.step import Compute, accumulate, update
+from moesaic.train.words import layout_in_words
 
 VOCAB = 61
 
@@ -102,7 +105,8 @@ def test_four_ranks_show_and_write_once(tmp_path: Path, capfd: pytest.CaptureFix
     found = train(run, 4)
     assert list(column(found, "train/loss")) == list(range(1, 9))
     shown = capfd.readouterr().out
-    assert shown.count("4 processes: dp_replicate 2 x dp_shard 2") == 1
+    assert shown.count("4 processes: dp_replicate 2 x dp_shard 2,") == 1
+    assert not [key for record in found for key in record if key.startswith("traffic/")]
     folder = Path(run.dir) / run.name
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000008"]
     alone = train(replace(run, name="alone", parallel=replace(run.parallel, dp_replicate=1)), 1)
@@ -111,6 +115,93 @@ def test_four_ranks_show_and_write_once(tmp_path: Path, capfd: pytest.CaptureFix
     assert counts
     for mine, other in zip(found, alone, strict=True):
         assert [mine[key] for key in counts if key in mine] == [other[key] for key in counts if key in other]
+
+
+class Travelled(TorchDispatchMode):
+    """Adds up what collectives of sharded matrices send from this rank to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.scattered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_allgather_base_":
+            self.gathered += args[0].nbytes - args[1].nbytes
+        if name == "_reduce_scatter_base_":
+            self.scattered += args[1].nbytes - args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def test_ranks_that_own_experts_tell_what_travelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("parallel.experts=owned", "parallel.recompute=block", "train.steps=6", "log.every=2")
+    run = tiny(tmp_path, *settings, "eval={every: 3, tokens: 700, prompts: ['file'], sample_tokens: 8}")
+    true = Loop.step
+
+    def step(self: Loop, batch: Any) -> Any:
+        if self.tally.step != 1:
+            return true(self, batch)
+        with Travelled() as travelled:
+            found = true(self, batch)
+        small = sum(parameter.nbytes for parameter in replicated_parameters(self.trainee.model))
+        assert self.meter.dense == {
+            "weights": 2 * travelled.gathered,
+            "gradients": 2 * travelled.scattered + 2 * small,
+        }
+        assert travelled.gathered > 0
+        assert travelled.scattered > 0
+        return found
+
+    monkeypatch.setattr(Loop, "step", step)
+    runs = [run, replace(run, name="again")]
+
+    def work() -> list[int]:
+        return [
+            session.train(one, run_to_yaml(one), resume=False, profile=False, command=["test"])
+            for one in runs
+        ]
+
+    assert run_ranks(work, 2) == [[0, 0], [0, 0]]
+    found, again = (
+        [json.loads(line) for line in (Path(run.dir) / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("debug", "again")
+    )
+    steps = [record for record in found if "train/loss" in record]
+    assert [record["step"] for record in steps] == [2, 4, 6]
+    for record in steps:  # before step 4 came an evaluation
+        rows = record["traffic/rows"]
+        assert len(rows) == len(record["time/waited"]) == 2
+        assert sum(rows) == 384 * 2 * 2  # tokens, experts of each, layers
+        assert record["traffic/rows_max_over_mean"] == max(rows) / (384 * 2)
+        # ranks, experts of 8 bytes, layers, micro-batches, and each computed twice
+        assert record["traffic/bytes_counts"] == 2 * (8 * 8) * 2 * 2 * 2
+        assert record["traffic/bytes_tokens"] > 0
+        assert sum(record["time/waited"]) > 0
+
+    def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+    assert lasting(found) == lasting(again)
+    folder = Path(run.dir) / run.name
+    assert "<h2>Ranks</h2>" in (folder / "report.html").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "dp_shard 2, experts owned (4 each), " in log
+    assert f"rank load {steps[-1]['traffic/rows_max_over_mean']:.2f}" in log
+
+
+def test_layouts_in_words(tmp_path: Path) -> None:
+    def words(ranks: int, *settings: str) -> str:
+        return layout_in_words(tiny(tmp_path, *settings), Ranks(size=ranks))
+
+    owned = "parallel.experts=owned"
+    assert words(1, owned) == "1 process"
+    assert words(2) == "2 processes: dp_replicate 1 x dp_shard 2"
+    assert words(2, owned, "model.ffn={kind: dense, hidden: 8}") == words(2)
+    assert words(2, owned) == words(2) + ", experts owned (4 each)"
+    assert words(3, owned).endswith(" x dp_shard 3, experts owned (2 to 3 each)")
+    assert words(4, owned, "parallel.dp_replicate=2", "parallel.max_rows=1000") == (
+        "4 processes: dp_replicate 2 x dp_shard 2, experts owned (4 each) in rounds of up to 1,000 rows"
+    )
 
 
 def test_an_existing_run_is_refused_on_every_rank(tmp_path: Path) -> None:

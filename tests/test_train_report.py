@@ -35,7 +35,7 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        for name in ("line_chart", "load_chart"):
+        for name in ("line_chart", "load_chart", "wait_chart"):
             monkeypatch.setattr(f"moesaic.train.report.{name}", lambda *_, **__: "<svg></svg>")
 
 
@@ -151,6 +151,64 @@ def test_a_dense_run_has_no_routers(tmp_path: Path) -> None:
     page = render([log])
     assert titles(page) == ["Loss", "Bits per byte", "Learning rate", "Gradient norm", "Throughput", "Memory"]
     assert "Experts" not in page
+
+
+def own(folder: Path, waited: dict[int, list[float]], *, sent: int = 3 << 20) -> Path:
+    """Let a run's records tell of ranks that own experts, from each of these steps on; an empty list: of none."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        now = waited[max(first for first in waited if first <= line["step"])]
+        if "train/loss" in line and now:
+            line |= {"traffic/rows": [3] * len(now), "traffic/rows_max_over_mean": 1.0, "time/waited": now}
+            line |= {"traffic/bytes_tokens": sent, "traffic/bytes_counts": 512, "traffic/bytes_weights": 0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_ranks_that_own_experts_have_a_section(tmp_path: Path, drawn: None) -> None:
+    log = read_log(own(make_run(tmp_path / "a"), {0: [0.05, 0.1]}))
+    assert log.waits is not None
+    assert log.waits.share[:, 3] == pytest.approx([0.1, 0.2])  # a step takes 64 / 128 seconds
+    assert log.waits.tokens[[0, -1]].tolist() == [2 * 64, 40 * 64]
+    page = render([log])
+    assert "<h2>Ranks</h2>" in page
+    assert titles(page)[7:10] == ["Waiting", "Rows of the busiest rank", "Bytes sent"]
+    assert "<span>0</span><i></i><span>&ge; 50%</span>" in page
+    assert "no such rank" not in page
+    cells = re.search(r"<th>tokens</th>(.*?)</tr>", page[page.index("Bytes sent") :])
+    assert cells is not None
+    assert cells.group(1).startswith("<td>3.00 MiB</td><td>rows to experts")
+    assert "<tr><th>all</th><td>3.00 MiB</td>" in page
+    assert "<tr><th>gradients</th><td>-</td>" in page  # not recorded
+
+
+def test_a_run_on_changing_ranks_has_gaps_in_its_map(tmp_path: Path, drawn: None) -> None:
+    waits = {0: [], 10: [0.1], 20: [0.1, 0.2, 0.3], 30: [0.1, 0.2]}
+    log = read_log(own(make_run(tmp_path / "a"), waits))
+    assert log.waits is not None
+    assert log.waits.share.shape[0] == 3
+    of_step = dict(zip((log.waits.tokens / 64).tolist(), log.waits.share.T.tolist(), strict=True))
+    assert of_step[8] == pytest.approx([math.nan] * 3, nan_ok=True)
+    assert of_step[12] == pytest.approx([0.2, math.nan, math.nan], nan_ok=True)
+    assert of_step[22] == pytest.approx([0.2, 0.4, 0.6])
+    assert of_step[32] == pytest.approx([0.2, 0.4, math.nan], nan_ok=True)
+    assert "grey: no such rank" in render([log])
+
+
+def test_runs_with_and_without_owned_experts_are_compared(tmp_path: Path) -> None:
+    plain = make_run(tmp_path / "a", name="plain")
+    assert read_log(plain).waits is None
+    assert "<h2>Ranks</h2>" not in render([read_log(plain)])
+    owned = [
+        own(make_run(tmp_path / name, name=name), {0: [0.1] * 2}, sent=sent << 10)
+        for name, sent in (("<two>", 2), ("four", 4))
+    ]
+    page = render([read_log(folder) for folder in (plain, *owned)])
+    assert titles(page).count("Waiting: four") == 1
+    assert "Waiting: plain" not in titles(page)
+    assert "<thead><tr><th>class</th><th>&lt;two&gt;</th><th>four</th><th>what</th></tr></thead>" in page
+    assert "<tr><th>tokens</th><td>2.00 KiB</td><td>4.00 KiB</td>" in page
 
 
 def test_several_runs_share_charts_and_a_table(tmp_path: Path) -> None:

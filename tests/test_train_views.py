@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,14 @@ def test_progress_at_80_columns_shows_every_field():
     assert bar.startswith("training  \u2501")
     assert bar.endswith("  240/600  40%  2m 15s left")
     assert fields == "loss 2.314  bits/byte 1.214  tok/s 412k  MFU 41%  imbalance 12.32  mem 1.20 GiB"
+
+
+def test_the_load_of_ranks_stands_last_where_it_fits():
+    owned = replace(FULL, rank_imbalance=1.234)
+    lines = {width: render(progress_view(owned, total=600, eta=None), width=width) for width in (80, 100)}
+    assert lines[80] == render(progress_view(FULL, total=600, eta=None))
+    assert lines[100].splitlines()[1].endswith("  mem 1.20 GiB  rank load 1.23")
+    assert "  mem 1.20 GiB  rank load 1.23  lr " in progress_line(owned, total=600, eta=None)
 
 
 def test_progress_leaves_out_what_is_unknown():

@@ -4,7 +4,7 @@ Charts are drawn with colours that stand for roles (`_ROLES`) and become CSS var
 serves a light and a dark page. They carry no names of runs and no legend: the page writes both, and escapes them.
 The size of a chart is bounded however long the run is. matplotlib is imported when the first chart is drawn.
 
-Dims: E experts, B columns of a load map.
+Dims: E experts, P ranks, B columns of a load map or a wait map.
 """
 
 import io
@@ -26,13 +26,16 @@ DARK = ("#56b4e9", "#ff8a47", "#2fc79b", "#e79fc6", "#f0c04a", "#a3a3ff")
 """Colours of curves on either background: hues of Okabe and Ito, which the colour-blind can tell apart."""
 UNDER, OVER = "#1273c4", "#e05a00"
 """Ends of a load map's scale: a quarter of the mean load or less, four times the mean or more."""
+MOST_WAIT = 0.5
+"""End of a wait map's scale, in the colour OVER: half of a step or more."""
 
 WIDTH = 5.4
 """Inches of 72 units: wide enough for labels, narrow enough to be read on a phone."""
 _LEFT, _RIGHT = 0.76, 0.16  # margins in inches
 _POINTS = 24_000  # of all curves in one chart together
 _CELLS = 240_000  # of one load map
-_ROWS = 960  # of one load map: more experts share rows
+_ROWS = 960  # of one map: more experts or ranks share rows
+_UNKNOWN = (0.5, 0.5, 0.5, 0.35)
 
 _ROLES = {"#010101": "ink", "#020202": "muted", "#030303": "grid"} | {
     f"#0f0f{index:02x}": f"c{index}" for index in range(len(LIGHT))
@@ -87,6 +90,16 @@ class LoadMap:
     """Trained tokens where each of the B columns ends."""
     layers: Mapping[int, NDArray[np.float64]]
     """Layer -> (E, B)."""
+
+
+@dataclass(frozen=True)
+class WaitMap:
+    """The share of the steps' time that every rank waited. NaN: there was no such rank."""
+
+    tokens: NDArray[np.float64]
+    """Trained tokens where each of the B columns ends."""
+    share: NDArray[np.float64]
+    """(P, B)."""
 
 
 def smooth(series: Series, *, window: int) -> Series:
@@ -153,21 +166,9 @@ def load_chart(loads: LoadMap, *, key: str) -> str:
     together = -(-sum(len(load) for load in loads.layers.values()) // _ROWS)
     bands = {layer: _pool(_log_load(load), together) for layer, load in sorted(loads.layers.items())}
     ends = np.cumsum([len(band) for band in bands.values()])
-    columns = min(len(loads.tokens), max(40, _CELLS // int(ends[-1])))
-    at = (np.arange(columns) + 0.5) * loads.tokens[-1] / columns  # even in tokens, whatever the records are
-    image = np.concatenate(list(bands.values()))[:, np.searchsorted(loads.tokens, at)]
     with _style(key):
         figure, axes = _figure(min(7.0, max(6.2, 0.6 + 0.1 * ends[-1])))
-        axes.imshow(
-            image,
-            cmap=_load_colors(),
-            vmin=-2,
-            vmax=2,
-            aspect="auto",
-            interpolation="none",
-            extent=(0, loads.tokens[-1], ends[-1], 0),
-        )
-        axes.grid(visible=False)
+        _image(axes, np.concatenate(list(bands.values())), loads.tokens, -2, 2, _load_colors())
         for end in ends[:-1]:
             axes.axhline(end, color=_HEX["muted"], linewidth=0.8 if len(bands) <= 16 else 0.3)
         step = -(-len(bands) // 24)
@@ -177,6 +178,49 @@ def load_chart(loads: LoadMap, *, key: str) -> str:
         _label(axes, "layer")
         _tokens_axis(axes, loads.tokens[-1])
         return _svg(figure)
+
+
+def wait_chart(waits: WaitMap, *, key: str) -> str:
+    """A wait map as SVG: a row per rank, in the page's own colour where it did not wait.
+
+    The scale is linear and the same in every report, from nothing to half of a step or more. Where ranks share a row,
+    the one that waited longest is shown.
+    """
+    together = -(-len(waits.share) // _ROWS)
+    rows = _pool(waits.share, together)
+    with _style(key):
+        figure, axes = _figure(2.9)
+        _image(axes, rows, waits.tokens, 0, MOST_WAIT, _wait_colors())
+        if len(rows) <= 16:
+            for edge in range(1, len(rows)):
+                axes.axhline(edge, color=_HEX["muted"], linewidth=0.3)
+        step = -(-len(rows) // 16)
+        axes.set_yticks(
+            np.arange(0, len(rows), step) + 0.5,
+            [str(row * together) for row in range(0, len(rows), step)],
+        )
+        axes.tick_params(axis="y", length=0)
+        _label(axes, "rank")
+        _tokens_axis(axes, waits.tokens[-1])
+        return _svg(figure)
+
+
+def _image(
+    axes: "Axes", rows: NDArray[np.float64], tokens: NDArray[np.float64], low: float, high: float, colors: Any
+) -> None:
+    """Rows from top to bottom; columns end at `tokens` and are drawn even in tokens, whatever the records are."""
+    columns = min(len(tokens), max(40, _CELLS // len(rows)))
+    at = (np.arange(columns) + 0.5) * tokens[-1] / columns
+    axes.imshow(
+        rows[:, np.searchsorted(tokens, at)],
+        cmap=colors,
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        interpolation="none",
+        extent=(0, tokens[-1], len(rows), 0),
+    )
+    axes.grid(visible=False)
 
 
 def _ramp(place: float) -> str:
@@ -211,7 +255,7 @@ def _log_load(load: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _pool(rows: NDArray[np.float64], together: int) -> NDArray[np.float64]:
-    """Of every `together` neighbouring experts the one that is farthest from balance."""
+    """Of every `together` neighbouring rows the value that is farthest from 0; NaN where any is."""
     if together <= 1:
         return rows
     groups = np.split(rows, range(together, len(rows), together))
@@ -224,7 +268,16 @@ def _load_colors() -> Any:
 
     under, over = to_rgb(UNDER), to_rgb(OVER)
     stops = [(0.0, (*under, 1.0)), (0.5, (*under, 0.0)), (0.5, (*over, 0.0)), (1.0, (*over, 1.0))]
-    return LinearSegmentedColormap.from_list("load", stops, N=33).with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
+    return LinearSegmentedColormap.from_list("load", stops, N=33).with_extremes(bad=_UNKNOWN)
+
+
+def _wait_colors() -> Any:
+    """From nothing to OVER, in 26 shades; grey where there was no such rank."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    over = to_rgb(OVER)
+    stops = [(*over, 0.0), (*over, 1.0)]
+    return LinearSegmentedColormap.from_list("wait", stops, N=26).with_extremes(bad=_UNKNOWN)
 
 
 @contextmanager

@@ -61,6 +61,8 @@ class Progress:
     """Share of the device's peak arithmetic; only where the peak is known."""
     imbalance: float | None = None
     """Largest max / mean expert load over the layers."""
+    rank_imbalance: float | None = None
+    """Max / mean rows of the ranks in the last step that was recorded; where experts are owned."""
     memory: int | None = None
     """Bytes in use by this process (CPU) or on this device."""
     learning_rate: float | None = None

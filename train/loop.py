@@ -11,6 +11,7 @@ import torch
 from moesaic.data.loader import Batch, Batches
 from moesaic.data.mixture import Mixture
 from moesaic.data.prepared import Prepared
+from moesaic.parallel.traffic import Meter
 from moesaic.train.assemble import Trainee
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
@@ -63,6 +64,9 @@ class Loop:
         self.token_bytes = self.prepared.tokenizer.token_bytes()
         self.peak = peak_flops(self.device)
         self.loads: list[LayerLoad] = []
+        trainee, parts = self.trainee, self.config.train.micro_batches
+        self.meter = Meter(trainee.model, trainee.ranks, micro_batches=parts, dtype=trainee.compute.dtype)
+        self.rank_imbalance: float | None = None
 
     def run(self, stop: StopRequest) -> str:
         """Train from the tally's step on. A stop request is honoured after the step, and saved."""
@@ -101,6 +105,7 @@ class Loop:
         """One optimizer step on a global batch."""
         config, trainee, step = self.config, self.trainee, self.tally.step
         parts = config.train.micro_batches
+        self.meter.reset()
         sums = accumulate(
             trainee.model, batch, trainee.compute, micro_batches=parts, step=step, ranks=trainee.ranks
         )
@@ -129,6 +134,10 @@ class Loop:
             )
             for layer, s in sorted(sums.layers.items())
         ]
+        due = step % self.config.log.every == 0 or step == self.config.train.steps
+        traffic = self.meter.collect() if due else None
+        if traffic is not None:
+            self.rank_imbalance = traffic.max_over_mean
         speed = sums.tokens / seconds
         progress = Progress(
             step=step,
@@ -137,12 +146,13 @@ class Loop:
             tokens_per_second=speed,
             mfu=speed * self.flops_per_token / self.peak if self.peak else None,
             imbalance=imbalance(self.loads),
+            rank_imbalance=self.rank_imbalance,
             memory=peak_memory(self.device.device),
             learning_rate=metrics["lr"],
             grad_norm=metrics["grad_norm"],
         )
         self.display.step(progress)
-        if step % self.config.log.every and step != self.config.train.steps:
+        if not due:
             return
         record: dict[str, Any] = {"step": step, "tokens": step * self.config.train.batch_tokens}
         record |= {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
@@ -154,6 +164,7 @@ class Loop:
         record |= health_record(self.loads)
         record |= {"time/seconds": self.tally.seconds, "time/tokens_per_second": speed}
         record["time/memory"] = progress.memory
+        record |= traffic.record() if traffic is not None else {}
         self.metrics.append(record)
         for warning in self.watch.update(self.loads):
             self.display.warn(warning)

@@ -9,10 +9,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from moesaic import __version__
-from moesaic.train.charts import DARK, LIGHT, OVER, UNDER, Curve, Series, line_chart, load_chart, smooth
+from moesaic.train.charts import (
+    DARK,
+    LIGHT,
+    MOST_WAIT,
+    OVER,
+    UNDER,
+    Curve,
+    Series,
+    line_chart,
+    load_chart,
+    smooth,
+    wait_chart,
+)
 from moesaic.train.run_dir import differences
 from moesaic.train.run_log import ReportError, RunLog
 from moesaic.train.units import count, duration, size, visible
@@ -38,6 +52,14 @@ _HEALTH: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )  # name in the records, title, remark, how it is drawn
 
 
+_CLASSES = {
+    "tokens": "rows to experts and back, and their gradients",
+    "counts": "how many rows go where",
+    "weights": "matrices that are gathered for a block; computed from their sizes",
+    "gradients": "sums over ranks; computed from their sizes",
+}  # name in the records, what it is
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """A figure of the page."""
@@ -47,13 +69,25 @@ class Chart:
     svg: str
     """Markup, which the page takes as it is."""
     legend: Sequence[tuple[str, Curve]] = ()
-    is_load_map: bool = False
+    scale: Literal["load", "wait"] | None = None
+    """What the colours of a map stand for."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names of columns, and rows that begin with a name of their own."""
+
+    title: str
+    remark: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Section:
     title: str
     charts: Sequence[Chart]
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +140,14 @@ def render(logs: Sequence[RunLog]) -> str:
         finals=[(run, _finals(run.log)) for run in runs],
         changes=_changes(runs),
         evaluations=_evaluations(runs[0].log),
-        sections=[section for section in _sections(runs) if section.charts],
+        sections=[section for section in _sections(runs) if section.charts or section.table],
         tone=tone,
         machine=_machine,
         light=LIGHT,
         dark=DARK,
         under=UNDER,
         over=OVER,
+        most_wait=f"{MOST_WAIT:.0%}",
         version=__version__,
         drawn=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     )
@@ -214,6 +249,7 @@ def _sections(runs: Sequence[Named]) -> list[Section]:
             "Loss", [*_loss(runs, "loss", "nats per token"), *_loss(runs, "bits_per_byte", "bits per byte")]
         ),
         Section("Experts", [*_load_maps(runs), *health]),
+        Section("Ranks", [*_wait_maps(runs), *_rank_rows(runs)], _bytes_sent(runs)),
         Section(
             "Optimisation",
             [
@@ -266,10 +302,10 @@ def _loss(runs: Sequence[Named], name: str, unit: str) -> list[Chart]:
 
 
 def _plain(
-    runs: Sequence[Named], name: str, title: str, *, scale: float = 1.0, **drawing: Any
+    runs: Sequence[Named], name: str, title: str, *, scale: float = 1.0, remark: str = "", **drawing: Any
 ) -> list[Chart]:
-    """One name of the records, smoothed where it is noisy."""
-    noisy = name in ("train/grad_norm", "time/tokens_per_second")
+    """One name of the records, smoothed where it is noisy; `remark` goes before what is said of that."""
+    noisy = name in ("train/grad_norm", "time/tokens_per_second", "traffic/rows_max_over_mean")
     curves = []
     for index, run in enumerate(runs):
         series = Series(run.log.of(name).tokens, run.log.of(name).values * scale)
@@ -277,12 +313,8 @@ def _plain(
             curves.append(("", Curve(series=series, look="faint")))
         label = run.label if len(runs) > 1 else ""
         curves.append((label, Curve(series=_smoothed(series) if noisy else series, color=index)))
-    return _chart(
-        title,
-        "smoothed" + (", each record behind it" if len(runs) == 1 else "") if noisy else "",
-        curves,
-        **drawing,
-    )
+    smoothing = "smoothed" + (", each record behind it" if len(runs) == 1 else "") if noisy else ""
+    return _chart(title, "; ".join(filter(None, (remark, smoothing))), curves, **drawing)
 
 
 def _load_maps(runs: Sequence[Named]) -> list[Chart]:
@@ -293,8 +325,42 @@ def _load_maps(runs: Sequence[Named]) -> list[Chart]:
             title = "Expert load" if len(runs) == 1 else f"Expert load: {run.label}"
             svg = load_chart(run.log.loads, key=f"load-{index}")
             remark = "rows of an expert over the mean of its layer, a mean over the records of a column"
-            charts.append(Chart(title=title, remark=remark, svg=svg, is_load_map=True))
+            charts.append(Chart(title=title, remark=remark, svg=svg, scale="load"))
     return charts
+
+
+def _wait_maps(runs: Sequence[Named]) -> list[Chart]:
+    """One map per run whose ranks own experts."""
+    charts = []
+    for index, run in enumerate(runs):
+        if run.log.waits is not None:
+            title = "Waiting" if len(runs) == 1 else f"Waiting: {run.label}"
+            svg = wait_chart(run.log.waits, key=f"wait-{index}")
+            remark = "time that a rank waited for rows and counts, over the time of the step"
+            remark += "; grey: no such rank" if np.isnan(run.log.waits.share).any() else ""
+            charts.append(Chart(title=title, remark=remark, svg=svg, scale="wait"))
+    return charts
+
+
+def _rank_rows(runs: Sequence[Named]) -> list[Chart]:
+    remark = "rows of a step, all layers together; 1 is balance"
+    return _plain(
+        runs, "traffic/rows_max_over_mean", "Rows of the busiest rank", remark=remark, unit="max / mean"
+    )
+
+
+def _bytes_sent(runs: Sequence[Named]) -> Table | None:
+    """What all ranks send in a step, by class: the mean over the records of each run."""
+    sent = {run.label: run.log.sent for run in runs if run.log.sent}
+    if not sent:
+        return None
+    rows = [
+        (name, *(_or_dash(of_run.get(name), size) for of_run in sent.values()), what)
+        for name, what in _CLASSES.items()
+    ]
+    rows.append(("all", *(size(sum(of_run.values())) for of_run in sent.values()), ""))
+    labels = ["per step"] if len(runs) == 1 else sent
+    return Table("Bytes sent", "by all ranks together in a step, a mean", ["class", *labels, "what"], rows)
 
 
 def _layer_health(log: RunLog) -> list[Chart]:

@@ -15,15 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from moesaic.train.charts import LoadMap, Series
+from moesaic.train.charts import LoadMap, Series, WaitMap
 from moesaic.train.writers import each_record
 
 COLUMNS = 300
-"""Points in time of a load map."""
+"""Points in time of a load map or a wait map."""
 _SHOWN = re.compile(
     r"train/(loss|bits_per_byte|lr|grad_norm)|eval/(loss|bits_per_byte)|experts/(max_vio|load_entropy|dead)"
-    r"|time/(seconds|tokens_per_second|memory)|layer_\d+/(max_vio|load_entropy|router_entropy|dead)"
+    r"|time/(seconds|tokens_per_second|memory)|traffic/(rows_max_over_mean|bytes_\w+)|layer_\d+/(max_vio|load_entropy|router_entropy|dead)"
 )
+_SENT = "traffic/bytes_"
 _LOAD = re.compile(r"layer_(\d+)/load")
 _SAMPLE = re.compile(r"^=== step (\d+), sample (\d+)\n", re.MULTILINE)
 _TEXTS, _LETTERS = 12, 4000  # the newest texts, and the first characters of each
@@ -56,6 +57,8 @@ class RunLog:
     """The scalars of metrics.jsonl that a report shows."""
     loads: LoadMap | None
     """None for a dense run."""
+    waits: WaitMap | None
+    """None for a run whose ranks do not own experts."""
     step: int
     """Of the last record."""
     tokens: float
@@ -73,6 +76,12 @@ class RunLog:
         """The last finite value."""
         values = self.of(name).finite().values
         return float(values[-1]) if len(values) else None
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Bytes that all ranks together sent in a step, by class; a mean over the records."""
+        found = {name: self.of(name).finite().values for name in self.series if name.startswith(_SENT)}
+        return {name.removeprefix(_SENT): values.mean() for name, values in found.items() if len(values)}
 
     @property
     def steps(self) -> int | None:
@@ -131,6 +140,7 @@ def read_log(folder: Path) -> RunLog:
         starts=_read_starts(folder / "environment.json", notes),
         series=numbers.series(per_step),
         loads=numbers.loads(),
+        waits=numbers.waits(),
         step=numbers.step,
         tokens=numbers.step * per_step,
         samples=_read_samples(folder / "samples.txt", notes),
@@ -151,8 +161,34 @@ class _Load:
     """(COLUMNS, E): the shares of the records of a column, added up."""
 
 
+class _Waits:
+    """Shares of steps that ranks waited, added up by column. A run may go on with another number of ranks."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((COLUMNS, 0))
+        self.counts = np.zeros((COLUMNS, 0))
+        self.ends = np.zeros(COLUMNS)
+
+    def add(self, column: int, step: int, shares: np.ndarray) -> None:
+        missing = len(shares) - self.sums.shape[1]
+        if missing > 0:
+            self.sums, self.counts = (np.pad(a, ((0, 0), (0, missing))) for a in (self.sums, self.counts))
+        known = np.isfinite(shares)
+        self.sums[column, : len(shares)] += np.where(known, shares, 0)
+        self.counts[column, : len(shares)] += known
+        self.ends[column] = step
+
+    def map(self, per_step: float) -> WaitMap | None:
+        if not self.counts.any():
+            return None
+        used = self.ends > 0  # by any record: where the run waited for nobody, nothing is known
+        sums, counts = self.sums[used].T, self.counts[used].T
+        share = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        return WaitMap(self.ends[used] * per_step, share)
+
+
 class _Numbers:
-    """One pass over metrics.jsonl. Scalars are kept whole, loads as sums over at most `COLUMNS` columns."""
+    """One pass over metrics.jsonl. Scalars are kept whole, loads and waits as sums over at most `COLUMNS` columns."""
 
     def __init__(self, path: Path, notes: list[str]) -> None:
         if not path.is_file():
@@ -164,6 +200,7 @@ class _Numbers:
         self._kept: dict[str, _Scalar | _Load | Literal["unused"]] = {}
         self._counts = np.zeros(COLUMNS)
         self._ends = np.zeros(COLUMNS)
+        self._waits = _Waits()
         whole, damaged, number = 0, [], 0
         for number, record in enumerate(each_record(path), 1):
             if record is None:
@@ -202,6 +239,9 @@ class _Numbers:
         if has_load:
             self._counts[column] += 1
             self._ends[column] = step
+        waited, speed = record.get("time/waited", []), record.get("time/tokens_per_second")
+        if isinstance(waited, list) and isinstance(speed, int | float) and self.tokens_per_step:
+            self._waits.add(column, step, np.array(waited, dtype=float) * speed / self.tokens_per_step)
 
     def series(self, per_step: float) -> dict[str, Series]:
         return {
@@ -218,6 +258,9 @@ class _Numbers:
         kept = [load for load in self._kept.values() if isinstance(load, _Load)]
         means = {load.layer: load.sums[used].T / self._counts[used] * load.sums.shape[1] for load in kept}
         return LoadMap(ends, means)
+
+    def waits(self) -> WaitMap | None:
+        return self._waits.map(self.tokens_per_step or 1)
 
 
 def _keeper(name: str, value: Any) -> "_Scalar | _Load | Literal['unused']":

@@ -19,7 +19,6 @@ from moesaic.data.prepare import prepare, vocab_of
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import load_tokenizer
 from moesaic.models.accounting import Accounting, account, meta_model
-from moesaic.moe.layer import MoE
 from moesaic.parallel.ranks import ALONE, Ranks, joined, world_size
 from moesaic.parallel.storage import CheckpointError
 from moesaic.train.assemble import Trainee, build_trainee
@@ -45,6 +44,7 @@ from moesaic.train.profiling import Profiler
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.run_log import ReportError, read_log
 from moesaic.train.stopping import StopRequest
+from moesaic.train.words import architecture_in_words, layout_in_words
 from moesaic.train.writers import MetricsWriter, NoMetrics
 
 FAILED = 1
@@ -297,13 +297,13 @@ def start_of(
 ) -> Start:
     """The facts of the start-up table."""
     summary = prepared.summary()
-    layout = [layout_of(run, ranks), "1 thread" if device.threads == 1 else f"{device.threads} threads"]
+    layout = [layout_in_words(run, ranks), "1 thread" if device.threads == 1 else f"{device.threads} threads"]
     layout += ["recomputes blocks"] if run.parallel.recompute == "block" else []
     layout += ["compiled"] if run.parallel.compile else []
     return Start(
         name=run.name,
         folder=str(folder),
-        model=describe(run),
+        model=architecture_in_words(run),
         parameters=accounting.parameters,
         embedding_parameters=accounting.embedding_parameters,
         active_parameters=accounting.active_parameters,
@@ -329,28 +329,6 @@ def start_of(
         bytes_per_token=summary["bytes_per_token"],
         resumed_from=resumed_from,
     )
-
-
-def layout_of(run: RunConfig, ranks: Ranks) -> str:
-    """Processes and mesh in a few words."""
-    if ranks.size == 1:
-        return "1 process"
-    copies, shards = run.parallel.dp_replicate, run.parallel.shards(ranks.size)
-    return f"{ranks.size} processes: dp_replicate {copies} x dp_shard {shards}"
-
-
-def describe(run: RunConfig) -> str:
-    """The architecture in a line."""
-    model = run.model
-    parts = [f"{model.layers} layers of width {model.dim}", f"{model.heads} heads"]
-    sparse = [ffn for ffn in model.ffns() if isinstance(ffn, MoE.Config)]
-    if sparse:
-        ffn = sparse[0]
-        shared = f" + {ffn.shared_experts} shared" if ffn.shared_experts else ""
-        parts.append(
-            f"{len(sparse)} sparse: {ffn.router.k} of {ffn.num_experts} experts of {ffn.hidden}{shared}"
-        )
-    return ", ".join(parts)
 
 
 def closing_of(

@@ -97,6 +97,8 @@ def progress_fields(progress: Progress) -> list[tuple[str, str]]:
         fields.append(("imbalance", f"{progress.imbalance:.2f}"))
     if progress.memory is not None:
         fields.append(("mem", size(progress.memory)))
+    if progress.rank_imbalance is not None:
+        fields.append(("rank load", f"{progress.rank_imbalance:.2f}"))
     return fields
 
 
