@@ -116,6 +116,9 @@ def _expert_mlp(
     """The output, and the hidden layer before its non-linearity, or nothing where there will be no backward pass."""
     routes = _routes(gates, tokens, order, where, offsets, per_token)
     module = _engine(backend, x, w1, w2)
+    rows = x.shape[0] if routes is None else routes.tokens.shape[0]
+    if rows == 0:
+        return torch.zeros_like(x), x.new_empty((0, w1.shape[1] * w1.shape[2]) if keep else 0)
     return module.forward(x, w1, w2, counts, routes, kind, backend, keep)
 
 
@@ -145,6 +148,9 @@ def _expert_mlp_backward(
     """Gradients of x, w1, w2 and the gates (empty where there are none)."""
     routes = _routes(gates, tokens, order, where, offsets, per_token)
     module = _engine(backend, x, w1, w2)
+    if hidden.shape[0] == 0:
+        grad_gates = x.new_empty(0) if gates is None else torch.zeros_like(gates)
+        return torch.zeros_like(x), torch.zeros_like(w1), torch.zeros_like(w2), grad_gates
     found = module.backward(grad.contiguous(), x, w1, w2, hidden, counts, routes, kind, backend)
     return (*found[:3], x.new_empty(0) if found[3] is None else found[3])
 

@@ -262,6 +262,20 @@ def test_no_tokens(engine: str) -> None:
         assert not leaf.grad.any()
 
 
+def test_no_experts_and_no_rows(engine: str) -> None:
+    """As on a rank that owns nothing of a layer."""
+    device = device_of(engine)
+    shapes = ((0, 8), (0, 2, 8, 8), (0, 8, 8))
+    rows, w1, w2 = leaves = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    counts = torch.empty(0, dtype=torch.int64, device=device)
+    y = expert_rows(rows, w1, w2, counts, kind="swiglu", backend=backend_of(engine))
+    y.sum().backward()
+    assert y.shape == (0, 8)
+    assert [leaf.grad.shape if leaf.grad is not None else None for leaf in leaves] == [
+        leaf.shape for leaf in leaves
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rows_that_lie_in_order(engine: str, dtype: torch.dtype) -> None:
     if engine in ("triton", "gpu") and dtype == torch.float64:

@@ -56,8 +56,6 @@ def forward(
     """The output, and the hidden layer before its non-linearity, or nothing where it is not to be kept."""
     tokens = None if routes is None else routes.tokens
     rows = x.shape[0] if tokens is None else tokens.shape[0]
-    if rows == 0:
-        return torch.zeros_like(x), x.new_empty((0, w1.shape[1] * w1.shape[2]) if keep else 0)
     x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
     with torch.cuda.device_of(x):
@@ -84,9 +82,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, w1, w2 and the gates."""
     rows = hidden.shape[0]
-    if rows == 0:
-        grad_gates = None if routes is None else torch.zeros_like(routes.gates)
-        return torch.zeros_like(x), torch.zeros_like(w1), torch.zeros_like(w2), grad_gates
     x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
     tokens, order, gates = (
