@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesaic.kernels import native
+from moesaic.kernels.backend import Backend, engine
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,12 +29,18 @@ def sum_rows(
     weights: Float[Tensor, " R"] | None = None,
     *,
     per_token: int | None = None,
+    backend: Backend = "auto",
 ) -> Float[Tensor, "T D"]:
     """`y[t] = sum of weights[a] * rows[where[a]]` over the assignments a in `offsets[t]:offsets[t + 1]`.
 
     `weights` and `where` follow the assignments, which are sorted by token. Tokens without assignments get zeros.
     """
-    if native.serves(rows, weights):
+    kernels = _triton(backend, rows)
+    if kernels is not None:
+        if offsets.shape[0] == 1:
+            return torch.zeros_like(rows[:0])
+        return kernels.combine(rows.contiguous(), where, offsets, weights, per_token)
+    if backend == "auto" and native.serves(rows, weights):
         tokens, dim = offsets.shape[0] - 1, rows.shape[1]
         out = rows.new_empty(tokens, dim)
         scales = None if weights is None else weights.contiguous()
@@ -62,43 +69,62 @@ def sum_rows(
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, tokens: Tensor, where: Tensor, offsets: Tensor, per_token: int | None
+        ctx: Any,
+        x: Tensor,
+        tokens: Tensor,
+        where: Tensor,
+        offsets: Tensor,
+        per_token: int | None,
+        backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(where, offsets)
-        ctx.per_token = per_token
+        ctx.per_token, ctx.backend = per_token, backend
         return x.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         where, offsets = ctx.saved_tensors
-        return sum_rows(grads[0], where, offsets, per_token=ctx.per_token), None, None, None, None
+        given = {"per_token": ctx.per_token, "backend": ctx.backend}
+        return sum_rows(grads[0], where, offsets, **given), None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Tensor, csr: tuple[Tensor, Tensor, Tensor], per_token: int | None
-    ):
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        csr: tuple[Tensor, Tensor, Tensor],
+        per_token: int | None,
+        backend: Backend,
+    ) -> Tensor:
         tokens, where, offsets = csr
+        ctx.backend = backend
         ctx.save_for_backward(rows, weights, tokens, where, offsets)
-        return sum_rows(rows, where, offsets, weights, per_token=per_token)
+        return sum_rows(rows, where, offsets, weights, per_token=per_token, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weights, tokens, where, offsets = ctx.saved_tensors
-        if native.serves(grads[0], rows, weights):
+        kernels = _triton(ctx.backend, rows)
+        if kernels is not None:
+            grad, rows, weights = grads[0].contiguous(), rows.contiguous(), weights.contiguous()
+            if not rows.shape[0]:
+                return torch.zeros_like(rows), torch.zeros_like(weights), None, None, None
+            return *kernels.combine_gradients(grad, rows, weights, tokens, where), None, None, None
+        if ctx.backend == "auto" and native.serves(grads[0], rows, weights):
             grad, rows, weights = grads[0].contiguous(), rows.contiguous(), weights.contiguous()
             grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
             tensors = (grad, rows, where, offsets, weights, grad_rows, grad_weights)
             native.run("combine_backward", rows.dtype, *tensors, *grad.shape)
-            return grad_rows, grad_weights, None, None
+            return grad_rows, grad_weights, None, None, None
         total = accumulation_dtype(rows.dtype)
         grad_rows = grads[0].index_select(0, tokens).to(total)  # (R, D)
         grad_weights = (grad_rows * rows).sum(-1).index_select(0, where).to(weights.dtype)
         row_weights = torch.empty_like(weights, dtype=total).index_copy_(0, where, weights.to(total))
-        return grad_rows.mul_(row_weights[:, None]).to(rows.dtype), grad_weights, None, None
+        return grad_rows.mul_(row_weights[:, None]).to(rows.dtype), grad_weights, None, None, None
 
 
 def gather_rows(
@@ -108,12 +134,13 @@ def gather_rows(
     offsets: Int[Tensor, " T1"],
     *,
     per_token: int | None = None,
+    backend: Backend = "auto",
 ) -> Float[Tensor, "R D"]:
     """`rows[r] = x[tokens[r]]`, with a gradient that sums the rows of a token in a fixed order.
 
     `where` and `offsets` are the CSR form of `tokens`: `tokens[where[offsets[t]:offsets[t + 1]]] == t`.
     """
-    return _Gather.apply(x, tokens, where, offsets, per_token)  # type: ignore[no-any-return]
+    return _Gather.apply(x, tokens, where, offsets, per_token, backend)  # type: ignore[no-any-return]
 
 
 def combine_rows(
@@ -124,6 +151,16 @@ def combine_rows(
     offsets: Int[Tensor, " T1"],
     *,
     per_token: int | None = None,
+    backend: Backend = "auto",
 ) -> Float[Tensor, "T D"]:
     """`y[t] = sum of weights[a] * rows[where[a]]`, differentiable in rows and weights. See `sum_rows`."""
-    return _Combine.apply(rows, weights, (tokens, where, offsets), per_token)  # type: ignore[no-any-return]
+    return _Combine.apply(rows, weights, (tokens, where, offsets), per_token, backend)  # type: ignore[no-any-return]
+
+
+def _triton(backend: Backend, rows: Tensor) -> Any:
+    """The GPU's kernels, where they serve these rows."""
+    if torch.compiler.is_compiling() or engine(backend, rows) != "triton" or rows.dtype == torch.float64:
+        return None
+    from moesaic.kernels.triton import combine  # triton is optional
+
+    return combine

@@ -228,7 +228,9 @@ class _Torch:
         hidden = hidden if keep else x.new_empty(0)
         if routes is None:
             return out, hidden
-        return sum_rows(out, routes.where, routes.offsets, routes.gates, per_token=routes.per_token), hidden
+        return sum_rows(
+            out, routes.where, routes.offsets, routes.gates, per_token=routes.per_token, backend=backend
+        ), hidden
 
     @staticmethod
     def backward(
@@ -258,7 +260,9 @@ class _Torch:
         grad_w1 = grouped_outer(grad_hidden, rows, counts, backend).view_as(w1)
         grad_x = grouped_product(grad_hidden, w1.flatten(1, 2).transpose(1, 2), counts, backend)
         if routes is not None:
-            grad_x = sum_rows(grad_x, routes.where, routes.offsets, per_token=routes.per_token)
+            grad_x = sum_rows(
+                grad_x, routes.where, routes.offsets, per_token=routes.per_token, backend=backend
+            )
         return grad_x, grad_w1, grad_w2, grad_gates
 
 

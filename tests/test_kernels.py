@@ -7,6 +7,7 @@ from references import largest_error
 
 from moesaic.kernels import native
 from moesaic.kernels.activation import KINDS, ExpertKind, activate, activation, input_matrices
+from moesaic.kernels.backend import Backend, triton_refusal
 from moesaic.kernels.combine import combine_rows, gather_rows, sum_rows
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
@@ -90,7 +91,12 @@ def test_sum_rows(kind: str, weighted: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["regular", "ragged", "none"])
-def test_gather_and_combine(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("named", ["auto", "triton"])
+def test_gather_and_combine(named: Backend, kind: str, dtype: torch.dtype, backend: str) -> None:
+    if named == "triton":
+        reason = triton_refusal(torch.device("cpu"))
+        if reason or backend == "torch" or dtype == torch.float64:
+            pytest.skip(reason or "the same as another case")
     tokens, where, offsets, count, k = assignments(kind)
     torch.manual_seed(0)
     total = tokens.shape[0]
@@ -100,8 +106,8 @@ def test_gather_and_combine(kind: str, dtype: torch.dtype) -> None:
 
     def run(x: torch.Tensor, weights: torch.Tensor, *, ours: bool) -> torch.Tensor:
         if ours:
-            rows = gather_rows(x, tokens, where, offsets, per_token=k)
-            return combine_rows(rows * 2, weights, tokens, where, offsets, per_token=k)
+            rows = gather_rows(x, tokens, where, offsets, per_token=k, backend=named)
+            return combine_rows(rows * 2, weights, tokens, where, offsets, per_token=k, backend=named)
         y = x * 0
         for assignment in range(total):
             row = int(where[assignment])

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.variant import Variant
+
 MOST_UNROLLED = 16
 """Up to so many rows per token are loaded side by side, where every token has the same number."""
 TILE = 1024
@@ -98,6 +100,78 @@ def combine(
         num_warps=4,  # type: ignore[call-arg]  # of the launcher
     )
     return out
+
+
+@triton.jit
+def combine_backward_kernel(
+    grad,
+    rows,
+    weights,
+    tokens,
+    where,
+    grad_rows,
+    grad_weights,
+    R,
+    D,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """grad_rows[where[a]] = weights[a] * grad[t], grad_weights[a] = rows[where[a]] . grad[t], in one pass."""
+    assignment = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    own = assignment < R
+    row = tl.load(where + assignment, mask=own, other=0)
+    token = tl.load(tokens + row, mask=own, other=0)
+    weight = tl.load(weights + assignment, mask=own, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        here = own[:, None] & (column < D)[None, :]
+        at = row[:, None] * D + column[None, :]
+        coming = tl.load(grad + token[:, None] * D + column[None, :], mask=here, other=0.0).to(tl.float32)
+        total += tl.sum(coming * tl.load(rows + at, mask=here, other=0.0).to(tl.float32), 1)
+        tl.store(grad_rows + at, (coming * weight[:, None]).to(grad_rows.dtype.element_ty), mask=here)
+    tl.store(grad_weights + assignment, total.to(grad_weights.dtype.element_ty), mask=own)
+
+
+def combine_gradients(
+    grad: Tensor, rows: Tensor, weights: Tensor, tokens: Tensor, where: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and of the weights of a sum, given that of its result."""
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    assignments, dim = rows.shape
+    width = min(triton.next_power_of_2(dim), TILE)
+    height = max(1, min(TILE // width, 16))
+    combine_backward_kernel[(triton.cdiv(assignments, height),)](
+        grad,
+        rows,
+        weights,
+        tokens,
+        where,
+        grad_rows,
+        grad_weights,
+        assignments,
+        dim,
+        BLOCK_R=height,
+        BLOCK_D=width,
+        num_warps=4,  # type: ignore[call-arg]
+    )
+    return grad_rows, grad_weights
+
+
+def variants() -> list[Variant]:
+    """The gradient of a sum; the other kernels are listed with the experts, which use them too."""
+    pointers = dict.fromkeys(("grad", "rows", "grad_rows"), "*bf16")
+    pointers |= {"weights": "*fp32", "grad_weights": "*fp32", "tokens": "*i64", "where": "*i64"}
+    return [
+        Variant(
+            f"combine_backward_d{width}",
+            combine_backward_kernel,
+            pointers | {"R": "i32", "D": "i32"},
+            {"BLOCK_R": max(1, min(TILE // width, 16)), "BLOCK_D": width},
+            aligned=frozenset({"D"}),
+        )
+        for width in (64, 256, 1024)
+    ]
 
 
 def gate_gradients(partial: Tensor, where: Tensor, dtype: torch.dtype) -> Tensor:
