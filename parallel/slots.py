@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moesaic.moe.experts import Bank, Weights
+from moesaic.parallel.placement import OwnerMap
 
 
 class ExpertRows(torch.Tensor):
@@ -139,6 +140,23 @@ class SlotTable(nn.Module):
     def weights(self, bank: str, dtype: torch.dtype) -> Weights:
         """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
         return Weights(*_Copy.apply(self.master, self, self.owned[bank], dtype))  # type: ignore[misc]
+
+
+class Slots(nn.ModuleList):
+    """The slot tables of a model, and who owns which expert now."""
+
+    def __init__(self, tables: Sequence[SlotTable], owners: OwnerMap, group: dist.ProcessGroup) -> None:
+        """`group` holds the owners of one copy of the model; `owners` numbers them from 0."""
+        super().__init__(tables)
+        self.owners, self.group = owners, group
+
+    def __iter__(self) -> Iterator[SlotTable]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+def slots_of(model: nn.Module) -> Slots | None:
+    """The slot tables of a model; None where experts are not owned."""
+    return next((module for module in model.modules() if isinstance(module, Slots)), None)
 
 
 class _Copy(torch.autograd.Function):
