@@ -137,6 +137,11 @@ class SlotTable(nn.Module):
             for expert, matrix in zip(rows.experts, rows.local.unbind(), strict=True):
                 yield name, expert, matrix
 
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """All that is here of a tensor with the master's shape, as views: (S, G, F, D) and (S, D, F)."""
+        cut = self.shape.numel()
+        return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
+
     def weights(self, bank: str, dtype: torch.dtype) -> Weights:
         """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
         return Weights(*_Copy.apply(self.master, self, self.owned[bank], dtype))  # type: ignore[misc]

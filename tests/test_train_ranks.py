@@ -198,7 +198,10 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: 
     assert "(rank 1)" in (folder / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+MUON = ["optim={kind: muon, lr: 5e-3, schedule: {kind: wsd, warmup: 4, decay: 0.2}}"]
+
+
+@pytest.mark.parametrize("layout", [[], LAYOUTS[1] + MUON], ids=str)
 def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: list[str]) -> None:
     run = tiny(tmp_path, "train.steps=20", *layout)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 3000).astype(np.uint32)

@@ -56,8 +56,12 @@ def go(ranks: Ranks, run: RunConfig, *, seed: int | None) -> dict[str, Tensor]:
     return {name: full(tensor.detach(), ranks).clone() for name, tensor in tensors.items()}
 
 
+MUON = [
+    "optim={kind: muon, lr: 5e-3, clip: 0.01, schedule: {kind: cosine, warmup: 2}}"
+]  # gradients have norms of about 1
 CASES = {
-    2: ([], ["model.ffn.bank=shared"], ["parallel.max_rows=40"]),
+    2: ([], ["model.ffn.bank=shared"], ["parallel.max_rows=40"], MUON),
+    3: (MUON,),
     4: (
         [],
         ["parallel.dp_replicate=2"],

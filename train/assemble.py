@@ -33,7 +33,7 @@ class Trainee:
     """A model and everything that a step changes."""
 
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     rules: list[Rule]
     compute: Compute
     ranks: Ranks = ALONE

@@ -28,7 +28,7 @@ from moesaic.train.assemble import Trainee, build_model
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.evaluate import evaluate
-from moesaic.train.optim import build_optimizer
+from moesaic.train.optim import MuonConfig, build_optimizer
 from moesaic.train.rules import rules_of
 
 LIMIT = 1e-10
@@ -89,7 +89,7 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
         ranks = max(2, run.parallel.ranks) if run.parallel.dp_shard is None else run.parallel.ranks
         ranks += -ranks % run.parallel.dp_replicate
     small = shrunken(run, ranks)
-    small.parallel.check(ranks)
+    small.check_layout(ranks)
     plain = replace(small, parallel=ParallelConfig())
     reference = observe(ALONE, plain)
     layout = small.parallel
@@ -134,7 +134,8 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
     )
     data = replace(run.data, seq_len=SEQ_LEN)
     parallel = replace(run.parallel, rebalance=min(run.parallel.rebalance, 1))  # few steps: at each of them
-    return replace(run, model=config, train=train, data=data, parallel=parallel)
+    optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
+    return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
 
 
 def chosen_layers(model: Transformer.Config) -> list[int]:
