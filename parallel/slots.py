@@ -10,20 +10,18 @@ width, D width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moesaic.moe.experts import Bank, Weights
 from moesaic.parallel.placement import OwnerMap
+
+if TYPE_CHECKING:  # slow to import, and not needed by a run's first step
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 class ExpertRows(torch.Tensor):
@@ -69,7 +67,14 @@ class ExpertRows(torch.Tensor):
                 yield self.experts[start], self.local[start:end]
                 start = end
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+    def __create_write_items__(self, name: str, _: object) -> list["WriteItem"]:
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+        )
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         return [
             WriteItem(
                 index=MetadataIndex(name, self._offsets(first)),
@@ -83,10 +88,12 @@ class ExpertRows(torch.Tensor):
             for first, part in self.runs()
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> list["ChunkStorageMetadata"]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(self._offsets(first), part.shape) for first, part in self.runs()]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         assert index.offset is not None
         return next(part for first, part in self.runs() if first == index.offset[0])
 
