@@ -1,6 +1,6 @@
 """Names that do not depend on the module that happens to hold a tensor: experts are `banks.<name>.w1`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ class Table(Protocol):
 
     def each(self) -> Iterator[tuple[str, int, Tensor]]:
         """Every matrix of every expert that is here: logical name of its tensor, number of the expert, values."""
+        ...
+
+    def matrices(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The master, or a tensor of its shape, as stacks of matrices that share its memory."""
         ...
 
 
@@ -53,6 +57,17 @@ def logical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             names = tables[path].logical(tensor) if path in tables else [name]
             named |= dict.fromkeys(names, tensor)
     return named
+
+
+def expert_matrices(model: nn.Module) -> dict[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """Every parameter that holds experts, and how it, or a tensor of its shape, is viewed as stacks of matrices."""
+    found: dict[Tensor, Callable[[Tensor], Sequence[Tensor]]] = {}
+    for module in model.modules():
+        if isinstance(module, Table):
+            found[module.master] = module.matrices
+        elif isinstance(module, Bank):
+            found |= dict.fromkeys(module.parameters(), lambda tensor: [tensor])
+    return found
 
 
 def _paths(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

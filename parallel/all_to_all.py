@@ -49,7 +49,7 @@ class AllToAll:
     """Brings rows to the owners of their experts and back."""
 
     group: dist.ProcessGroup
-    """Those who share the experts; nothing else travels in it."""
+    """Those who share the experts; only rows travel in it, and between steps experts that move."""
     owners: tuple[int, ...]
     """The owner of each of the layer's experts, by its rank in the group."""
     topology: Topology

@@ -23,6 +23,8 @@ class ParallelConfig:
     forward pass and bound the memory of a rank whose experts are popular. None: all at once."""
     compare_plans: bool = False
     """Have ranks compare where they would send tokens, at every layer; to find bugs."""
+    rebalance: int = 0
+    """Steps between moves of owned experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
     cp: int = 1
     """Parts of one sequence."""
     tp: int = 1
@@ -42,6 +44,13 @@ class ParallelConfig:
                 raise ValueError(f"max_rows: {self.max_rows} is not positive")
             if self.experts != "owned":
                 raise ValueError(f"max_rows: {self.max_rows} needs experts: owned; without it no rows travel")
+
+        if self.rebalance < 0:
+            raise ValueError(f"rebalance: {self.rebalance} is negative; give a number of steps, or 0")
+        if self.rebalance and self.experts != "owned":
+            raise ValueError(
+                f"rebalance: {self.rebalance} needs experts: owned; without it experts have no owner"
+            )
 
     def shards(self, world_size: int) -> int:
         """Ranks that share one copy."""

@@ -12,7 +12,7 @@ from moesaic.parallel.all_to_all import AllToAll
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
 from moesaic.parallel.ranks import Ranks
-from moesaic.parallel.slots import TableSource, take_banks
+from moesaic.parallel.slots import Slots, TableSource, take_banks
 
 
 def own_experts(
@@ -34,7 +34,7 @@ def own_experts(
     owners = owners or even_owners({bank.name: bank.num_experts for bank in banks}, size)
     chosen = owners
     tables = take_banks(banks, lambda bank: chosen.experts(bank, rank))
-    model.slots = nn.ModuleList(tables)
+    model.slots = Slots(tables, owners, group)
     sources = {bank: TableSource(table, bank) for table in tables for bank in table.owned}
     topology = Topology(size, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for layer in layers_of(model):

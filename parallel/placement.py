@@ -8,7 +8,9 @@ Dims: P ranks, E experts of a bank.
 """
 
 import hashlib
-from collections.abc import Mapping
+import heapq
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +72,54 @@ def even_owners(experts: Mapping[str, int], ranks: int) -> OwnerMap:
         turn = (turn + left) % ranks
         owners[bank] = tuple(rank for rank, size in enumerate(sizes) for _ in range(size))
     return OwnerMap(ranks, owners)
+
+
+def balanced_owners(loads: Mapping[str, Sequence[int]], ranks: int) -> OwnerMap:
+    """Owners that share each bank's load: the heaviest expert first, to the least loaded rank that has room.
+
+    `loads` are rows per expert, by bank. Every rank has as many experts of a bank as `even_owners` gives it, so memory
+    is as even; the first number breaks ties. Source: longest processing time first (Graham, 1969), with room.
+    """
+    even = even_owners({bank: len(of) for bank, of in loads.items()}, ranks)
+    owners = {}
+    for bank, of in loads.items():
+        room = Counter(even.owners[bank])
+        chosen = [0] * len(of)
+        least = [(0, rank) for rank in sorted(room)]  # a heap of (load so far, rank)
+        for expert in sorted(range(len(of)), key=lambda expert: (-of[expert], expert)):
+            load, rank = heapq.heappop(least)
+            chosen[expert] = rank
+            room[rank] -= 1
+            if room[rank]:
+                heapq.heappush(least, (load + of[expert], rank))
+        owners[bank] = tuple(chosen)
+    return OwnerMap(ranks, owners)
+
+
+def better_owners(loads: Mapping[str, Sequence[int]], now: OwnerMap, margin: float) -> OwnerMap:
+    """`balanced_owners` for the banks that it brings nearer to balance by more than `margin` (see `peak`), and the
+    present owners for the others."""
+    wanted = balanced_owners(loads, now.ranks)
+    owners = {}
+    for bank, of in loads.items():
+        new, old = wanted.owners[bank], now.owners[bank]
+        one = {bank: of}
+        gain = peak(one, now) - peak(one, wanted)
+        owners[bank] = new if gain > margin else old
+    return OwnerMap(now.ranks, owners)
+
+
+def peak(loads: Mapping[str, Sequence[int]], owners: OwnerMap) -> float:
+    """Rows of the busiest rank over those of the mean rank. Ranks wait for each other in every bank, so both are summed
+    over the banks; 1 is balance."""
+    busiest = total = 0
+    for bank, of in loads.items():
+        rows = [0] * owners.ranks
+        for owner, load in zip(owners.owners[bank], of, strict=True):
+            rows[owner] += load
+        busiest += max(rows)
+        total += sum(rows)
+    return busiest * owners.ranks / total if total else 1.0
 
 
 def no_copies(owners: tuple[int, ...], ranks: int) -> Bool[np.ndarray, "P E"]:

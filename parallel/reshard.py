@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moesaic.moe.layer import MoE
 from moesaic.parallel.all_to_all import AllToAll
 from moesaic.parallel.placement import OwnerMap
-from moesaic.parallel.slots import Owned, SlotTable
+from moesaic.parallel.slots import Owned, SlotTable, slots_of
 
 SLAB = 64 << 20
 """Bytes that a rank sends, and receives, at once."""
@@ -34,31 +34,35 @@ class Move:
 def reshard(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    old: OwnerMap,
     new: OwnerMap,
-    group: dist.ProcessGroup,
     *,
     slab: int = SLAB,
 ) -> int:
-    """Move the experts of a model to their new owners; collective over `group`. Returns how many moved.
+    """Move the experts of a model to their new owners; collective over the owners. Returns how many moved.
 
     Gradients must have been cleared. Rows travel in portions of `slab` bytes (but a row at least), one tensor of a
     table after the other: beside the portions, memory holds the old and the new rows of one of them.
     """
-    rank, moved = dist.get_rank(group), 0
-    for module in model.modules():
-        if isinstance(module, SlotTable):
-            if module.master.grad is not None:
-                raise ValueError("experts with gradients cannot move; clear the gradients first")
-            moves = moves_of(module, old, new)
-            moved += sum(move.source[0] != move.target[0] for move in moves)
-            slots = sum(move.target[0] == rank for move in moves)
-            state = optimizer.state.get(module.master, {}) if optimizer is not None else {}
-            whole = [kind for kind, tensor in state.items() if tensor.shape == module.master.shape]
-            for kind in whole:
-                state[kind] = permuted(state[kind], moves, slots, group, slab)
-            module.master.data = permuted(module.master.data, moves, slots, group, slab)
-            module.owned = {part.bank: part for part in layout(module, new, rank)}
+    slots = slots_of(model)
+    if slots is None:
+        raise ValueError("a model whose experts have no owners cannot give them new ones")
+    group, old, moved = slots.group, slots.owners, 0
+    rank = dist.get_rank(group)
+    for table in slots:
+        if table.master.grad is not None:
+            raise ValueError("experts with gradients cannot move; clear the gradients first")
+        moves = moves_of(table, old, new)
+        if all(move.source == move.target for move in moves):
+            continue
+        moved += sum(move.source[0] != move.target[0] for move in moves)
+        count = sum(move.target[0] == rank for move in moves)
+        state = optimizer.state.get(table.master, {}) if optimizer is not None else {}
+        whole = [kind for kind, tensor in state.items() if tensor.shape == table.master.shape]
+        for kind in whole:
+            state[kind] = permuted(state[kind], moves, count, group, slab)
+        table.master.data = permuted(table.master.data, moves, count, group, slab)
+        table.owned = {part.bank: part for part in layout(table, new, rank)}
+    slots.owners = new
     for layer in model.modules():
         if isinstance(layer, MoE) and isinstance(layer.dispatcher, AllToAll):
             layer.dispatcher.owners = new.owners[layer.experts.source.bank]  # type: ignore[attr-defined]

@@ -10,19 +10,18 @@ width, D width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moesaic.moe.experts import Bank, Weights
+from moesaic.parallel.placement import OwnerMap
+
+if TYPE_CHECKING:  # slow to import, and not needed by a run's first step
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 class ExpertRows(torch.Tensor):
@@ -68,7 +67,14 @@ class ExpertRows(torch.Tensor):
                 yield self.experts[start], self.local[start:end]
                 start = end
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+    def __create_write_items__(self, name: str, _: object) -> list["WriteItem"]:
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+        )
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         return [
             WriteItem(
                 index=MetadataIndex(name, self._offsets(first)),
@@ -82,10 +88,12 @@ class ExpertRows(torch.Tensor):
             for first, part in self.runs()
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> list["ChunkStorageMetadata"]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(self._offsets(first), part.shape) for first, part in self.runs()]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         assert index.offset is not None
         return next(part for first, part in self.runs() if first == index.offset[0])
 
@@ -136,9 +144,31 @@ class SlotTable(nn.Module):
             for expert, matrix in zip(rows.experts, rows.local.unbind(), strict=True):
                 yield name, expert, matrix
 
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """All that is here of a tensor with the master's shape, as views: (S, G, F, D) and (S, D, F)."""
+        cut = self.shape.numel()
+        return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
+
     def weights(self, bank: str, dtype: torch.dtype) -> Weights:
         """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
         return Weights(*_Copy.apply(self.master, self, self.owned[bank], dtype))  # type: ignore[misc]
+
+
+class Slots(nn.ModuleList):
+    """The slot tables of a model, and who owns which expert now."""
+
+    def __init__(self, tables: Sequence[SlotTable], owners: OwnerMap, group: dist.ProcessGroup) -> None:
+        """`group` holds the owners of one copy of the model; `owners` numbers them from 0."""
+        super().__init__(tables)
+        self.owners, self.group = owners, group
+
+    def __iter__(self) -> Iterator[SlotTable]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+def slots_of(model: nn.Module) -> Slots | None:
+    """The slot tables of a model; None where experts are not owned."""
+    return next((module for module in model.modules() if isinstance(module, Slots)), None)
 
 
 class _Copy(torch.autograd.Function):

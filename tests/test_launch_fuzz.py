@@ -108,6 +108,7 @@ KINDS = [
     "dense",
     "topk",
     "adamw",
+    "muon",
     "cosine",
     "wsd",
     "bpe",

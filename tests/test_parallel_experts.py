@@ -130,8 +130,7 @@ def on_a_rank(case: Case, *, then: tuple[int, ...] | None = None) -> dict[str, T
     assert ranks.mesh is not None
     group = ranks.mesh.get_group("dp_shard")
     if then is not None:
-        old, new = (OwnerMap(case.ranks, {"experts": owners}) for owners in (case.owners, then))
-        reshard(layer, None, old, new, group, slab=1)
+        reshard(layer, None, OwnerMap(case.ranks, {"experts": then}), slab=1)
     rank, tokens = ranks.rank, case.tokens[ranks.rank]
     x, grad = integers(tokens, DIM, seed=300 + rank), integers(tokens, DIM, seed=400 + rank)
     seen = go(layer, x, routing_of(case, rank), grad)

@@ -9,9 +9,12 @@ from moesaic.parallel.placement import (
     OwnerMap,
     Round,
     Topology,
+    balanced_owners,
+    better_owners,
     digest,
     even_owners,
     no_copies,
+    peak,
     rounds,
     token_plan,
 )
@@ -101,6 +104,51 @@ def test_even_owners_are_even_over_all_banks() -> None:
     assert [owners.slots(rank) for rank in range(4)] == [3, 3, 3, 3]
     assert owners.experts("b", 1) == (1, 2)
     assert owners.experts("c", 0) == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.dictionaries(
+        st.sampled_from("abcd"), st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1
+    ),
+    st.integers(0, 99),
+)
+def test_balanced_owners_keep_memory_even(ranks: int, loads: dict[str, list[int]], seed: int) -> None:
+    """Every rank has as many experts of a bank as before; what is better is better in every bank and in all."""
+    even = even_owners({bank: len(of) for bank, of in loads.items()}, ranks)
+    found = balanced_owners(loads, ranks)
+    rng = np.random.default_rng(seed)
+    now = OwnerMap(ranks, {bank: tuple(rng.permutation(owners)) for bank, owners in even.owners.items()})
+    better = better_owners(loads, now, 0.02)
+    for bank, of in loads.items():
+        assert sorted(found.owners[bank]) == sorted(better.owners[bank]) == list(even.owners[bank])
+        one = {bank: of}
+        if better.owners[bank] != now.owners[bank]:
+            assert peak(one, better) < peak(one, now) - 0.02
+    assert 1 <= peak(loads, better) <= peak(loads, now)
+    if all(sum(of) for of in loads.values()):
+        assert better_owners(loads, better, 0.02) == better
+
+
+def test_the_heaviest_experts_are_given_away_first() -> None:
+    loads = {"a": [9, 8, 1, 1, 7, 6]}
+    owners = balanced_owners(loads, 2)
+    assert owners.owners["a"] == (0, 1, 0, 1, 1, 0)  # 9 + 6 + 1 and 8 + 7 + 1
+    assert peak(loads, owners) == 1
+    assert peak(loads, even_owners({"a": 6}, 2)) == pytest.approx(18 / 16)
+    assert balanced_owners({"a": [30, 1, 1, 1]}, 2).owners["a"] == (0, 1, 1, 0)  # room for two
+    assert balanced_owners({"a": [5, 5, 5]}, 2).owners["a"] == (0, 1, 0)  # ties by number
+    assert peak({"a": [0, 0]}, OwnerMap(2, {"a": (0, 1)})) == 1
+    # ranks wait in every bank: two banks that lean to different ranks do not make up for each other
+    assert peak({"a": [3, 1], "b": [1, 3]}, OwnerMap(2, {"a": (0, 1), "b": (0, 1)})) == 1.5
+
+
+def test_little_is_no_reason_to_move() -> None:
+    now = OwnerMap(2, {"a": (0, 0, 1, 1), "b": (0, 0, 1, 1)})
+    loads = {"a": [100, 99, 100, 101], "b": [9, 9, 1, 1]}
+    assert peak({"a": loads["a"]}, now) > peak({"a": loads["a"]}, balanced_owners(loads, 2))
+    assert better_owners(loads, now, 0.02).owners == {"a": (0, 0, 1, 1), "b": (0, 1, 0, 1)}
 
 
 def test_owners_must_be_ranks() -> None:

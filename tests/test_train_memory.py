@@ -1,6 +1,7 @@
 """The estimate of a rank's memory, against a model that is really sharded, over ranks that are not there."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moesaic.parallel.ranks import ranks_of
 from moesaic.parallel.shard import local
 from moesaic.train import memory
 from moesaic.train.memory import estimate
+from moesaic.train.optim import build_optimizer
 
 SIZES = ["train.batch_tokens=262144"]
 
@@ -61,3 +63,18 @@ def test_bytes_of_a_rank(name: str, pretended: int, monkeypatch: pytest.MonkeyPa
     alone = estimate(read_run(name, [*SIZES]), 4096)
     assert estimated["activations"] * pretended == pytest.approx(alone["activations"], rel=0.02)
     assert torch.tensor(estimated["weights"] * pretended / 2) > alone["weights"]
+
+
+@pytest.mark.parametrize("pretended", [8], indirect=True)
+def test_muon_keeps_one_tensor_per_matrix(pretended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*SIZES, "parallel.experts=owned", "optim={kind: muon, lr: 5e-3}"]
+    run = read_run("quickstart", settings, world_size=pretended)
+    monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)
+    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    model = parallelize(meta_model(run.model, 4096), run.parallel, ranks_of(run.parallel, "cpu"))
+    optimizer = build_optimizer(model, run.optim)
+    kept = [t for state in optimizer.state.values() for kind, t in state.items() if kind != "step"]
+    estimated = estimate(run, 4096, ranks=pretended)
+    assert estimated["optimizer"] == sum(local(t).numel() * t.element_size() for t in kept)
+    adam = estimate(replace(run, optim=read_run("quickstart", SIZES, world_size=8).optim), 4096, ranks=8)
+    assert estimated["optimizer"] < adam["optimizer"] == 2 * adam["gradients"]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic.data.loader import Loader
 from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.names import logical_tensors
+from moesaic.parallel.checkpoint import read_meta, read_tensors
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.shard import replicated_parameters
 from moesaic.parallel.spawn import run_ranks
@@ -27,7 +28,7 @@ from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.loop import Loop
 from moesaic.train.optim import build_optimizer
-from moesaic.train.rules import rules_of
+from moesaic.train.rules import restore_rules, rules_of, states_of
 from moesaic.train.step import Compute, accumulate, update
 from moesaic.train.words import layout_in_words
 
@@ -71,7 +72,7 @@ def column(found: list[dict[str, Any]], key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in found if key in record}
 
 
-LAYOUTS = [[], ["parallel.experts=owned", "parallel.max_rows=100"]]
+LAYOUTS = [[], ["parallel.experts=owned", "parallel.max_rows=100", "parallel.rebalance=4"]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -98,6 +99,38 @@ def test_a_run_resumed_on_other_numbers_of_ranks(
     starts = json.loads((folder / "environment.json").read_text())
     assert len(starts) == 4
     assert (folder / "samples.txt").read_text().count("=== step 24") == 1
+
+
+def test_a_run_whose_experts_move_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Owners, and the rows counted since they were last looked at, come back with the checkpoint."""
+    run = tiny(
+        tmp_path, "parallel.experts=owned", "parallel.rebalance=4", "train.steps=12", "eval.prompts=[]"
+    )
+    whole = train(replace(run, name="whole"), 2)
+    moved = column(whole, "owners/moved")
+    assert list(moved) == list(range(4, 13))
+    assert sum(moved.values()) > 0
+    true = Loop.agree
+    for last in (6, 12):
+        monkeypatch.setattr(
+            Loop, "agree", lambda self, *args, last=last: (true(self, *args)[0], self.tally.step == last)
+        )
+        found = train(run, 2, resume=True)
+        if last == 6:
+            rules = read_meta(Path(run.dir) / run.name / "checkpoints" / "step_00000006")["rules"]
+            assert rules["rebalance"]["owners"].keys() == {"layer1", "layer2"}
+            assert any(sorted(owners) != owners for owners in rules["rebalance"]["owners"].values())
+            assert all(sum(rows) for rows in rules["rebalance"]["rows"].values())
+    for mine, other in zip(found, whole, strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("time/")} == {
+            k: v for k, v in other.items() if not k.startswith("time/")
+        }
+    last_checkpoint = Path("checkpoints") / "step_00000012"
+    want = read_tensors(Path(run.dir) / "whole" / last_checkpoint)
+    for name, tensor in read_tensors(Path(run.dir) / run.name / last_checkpoint).items():
+        assert torch.equal(tensor, want[name]), name
 
 
 def test_four_ranks_show_and_write_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +289,10 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: 
     assert "(rank 1)" in (folder / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+MUON = ["optim={kind: muon, lr: 5e-3, schedule: {kind: wsd, warmup: 4, decay: 0.2}}"]
+
+
+@pytest.mark.parametrize("layout", [[], LAYOUTS[1] + MUON], ids=str)
 def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: list[str]) -> None:
     run = tiny(tmp_path, "train.steps=20", *layout)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 3000).astype(np.uint32)
@@ -265,10 +301,13 @@ def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: lis
         device = Device(torch.device("cpu"), torch.float64, 1, "", "")
         model = build_model_wide(run, device, ranks, VOCAB)
         compute = Compute(device.device, device.dtype, seed=run.seed)
-        trainee = Trainee(model, build_optimizer(model, run.optim), rules_of(model), compute, ranks)
+        optimizer = build_optimizer(model, run.optim)
+        rules = rules_of(model, optimizer, rebalance=run.parallel.rebalance)
+        trainee = Trainee(model, optimizer, rules, compute, ranks)
         checkpoints = Checkpoints(tmp_path / "wide", CheckpointConfig(), say=print)
         meta = checkpoints.restore(trainee.tensors()) if first else None
         assert (meta or {"done": 0})["done"] == first
+        restore_rules(rules, model, (meta or {}).get("rules", {}))
         micro = run.train.micro_batches
         loader = Loader(
             tokens,
@@ -296,7 +335,7 @@ def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: lis
                 ranks=ranks,
             )
         if last < 20:
-            checkpoints.save(last, trainee.tensors(), {"done": last})
+            checkpoints.save(last, trainee.tensors(), {"done": last, "rules": states_of(rules, model)})
         checkpoints.wait()
         return {name: full(t.detach(), ranks).clone() for name, t in logical_tensors(model).items()}, samples
 

@@ -33,7 +33,7 @@ class Trainee:
     """A model and everything that a step changes."""
 
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     rules: list[Rule]
     compute: Compute
     ranks: Ranks = ALONE
@@ -47,7 +47,9 @@ class Trainee:
 def build_trainee(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Trainee:
     """A fresh model on its device, or this rank's part of it, with its optimizer and rules."""
     model = build_model(run, vocab, device, ranks)
-    return Trainee(model, build_optimizer(model, run.optim), rules_of(model), compute_of(run, device), ranks)
+    optimizer = build_optimizer(model, run.optim)
+    rules = rules_of(model, optimizer, rebalance=run.parallel.rebalance)
+    return Trainee(model, optimizer, rules, compute_of(run, device), ranks)
 
 
 def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Transformer:

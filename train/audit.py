@@ -28,7 +28,7 @@ from moesaic.train.assemble import Trainee, build_model
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.evaluate import evaluate
-from moesaic.train.optim import build_optimizer
+from moesaic.train.optim import MuonConfig, build_optimizer
 from moesaic.train.rules import rules_of
 
 LIMIT = 1e-10
@@ -89,7 +89,7 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
         ranks = max(2, run.parallel.ranks) if run.parallel.dp_shard is None else run.parallel.ranks
         ranks += -ranks % run.parallel.dp_replicate
     small = shrunken(run, ranks)
-    small.parallel.check(ranks)
+    small.check_layout(ranks)
     plain = replace(small, parallel=ParallelConfig())
     reference = observe(ALONE, plain)
     layout = small.parallel
@@ -100,6 +100,7 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
     words = [f"dp_replicate {layout.dp_replicate} x dp_shard {layout.shards(ranks)}"]
     if layout.experts == "owned":
         words += ["owned experts" + (f" in rounds of {layout.max_rows} rows" if layout.max_rows else "")]
+        words += ["that move"] if layout.rebalance else []
     words += [f"{small.train.micro_batches} micro-batches"]
     words += [
         name for name, on in (("recompute", layout.recompute != "none"), ("compile", layout.compile)) if on
@@ -132,7 +133,9 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
         micro_batch_tokens=rows * SEQ_LEN // micro,
     )
     data = replace(run.data, seq_len=SEQ_LEN)
-    return replace(run, model=config, train=train, data=data)
+    parallel = replace(run.parallel, rebalance=min(run.parallel.rebalance, 1))  # few steps: at each of them
+    optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
+    return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
 
 
 def chosen_layers(model: Transformer.Config) -> list[int]:
@@ -187,10 +190,11 @@ def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64)
     """
     device = Device(torch.device("cpu"), dtype, 1, "", "")
     model = build_model_wide(run, device, ranks)
+    optimizer = build_optimizer(model, run.optim)
     trainee = Trainee(
         model,
-        build_optimizer(model, run.optim),
-        rules_of(model),
+        optimizer,
+        rules_of(model, optimizer, rebalance=run.parallel.rebalance),
         steps.Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents),
         ranks,
     )

@@ -13,7 +13,7 @@ from moesaic.models.transformer import Transformer
 from moesaic.moe.sizes import check_size
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checkpoints import CheckpointConfig
-from moesaic.train.optim import AdamWConfig
+from moesaic.train.optim import AdamWConfig, MuonConfig
 
 FORMAT_VERSION = 1
 LONGEST = 1 << 24
@@ -101,7 +101,7 @@ class RunConfig:
     model: Transformer.Config
     data: DataConfig
     train: TrainConfig
-    optim: AdamWConfig
+    optim: AdamWConfig | MuonConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: Backend = "auto"
     """What multiplies the experts' matrices. `auto`: on GPUs what is measured fastest for the layer's shape, on CPUs
@@ -150,13 +150,23 @@ class RunConfig:
             raise ValueError(
                 "eval.prompts: are text, and data has no tokenizer; give data.tokenizer, or no prompts"
             )
-        self.parallel.check(world_size)
+        self.check_layout(world_size)
         if self.micro_batch_rows < world_size:
             raise ValueError(
                 f"train.micro_batch_tokens: {micro} are {self.micro_batch_rows} sequences of data.seq_len = {seq_len}, "
                 f"fewer than the {world_size} processes; give at least {world_size * seq_len}"
             )
         self.optim.schedule.check(self.train.steps)
+
+    def check_layout(self, world_size: int) -> None:
+        """Raise ValueError where the layout, or the optimizer in it, cannot run on so many processes."""
+        self.parallel.check(world_size)
+        shards = self.parallel.shards(world_size)
+        if isinstance(self.optim, MuonConfig) and self.parallel.experts == "sharded" and shards > 1:
+            raise ValueError(
+                f"optim.kind: muon needs whole matrices, and parallel.experts: sharded cuts them over {shards} ranks; "
+                "use parallel.experts=owned, or optim.kind=adamw"
+            )
 
 
 def positive(config: object, *fields: str) -> None:

@@ -22,6 +22,7 @@ from moesaic.train.facts import Evaluation, Progress
 from moesaic.train.health import CollapseWatch, LayerLoad, health_record, imbalance
 from moesaic.train.nonfinite import explain, save_batch
 from moesaic.train.profiling import Profiler
+from moesaic.train.rules import states_of
 from moesaic.train.step import NonFiniteError, Sums, accumulate, update
 from moesaic.train.stopping import StopRequest
 from moesaic.train.writers import MetricsWriter, NoMetrics
@@ -209,6 +210,7 @@ class Loop:
             "tokenizer": self.prepared.tokenizer.digest,
             "precision": precision_name(self.device.dtype),
             "text": text_digest(self.prepared),
+            "rules": states_of(self.trainee.rules, self.trainee.model),
         }
         self.checkpoints.save(self.tally.step, self.trainee.tensors(), meta)
 

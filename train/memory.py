@@ -18,6 +18,7 @@ from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.placement import even_owners
 from moesaic.parallel.shard import replicated_parameters, shard_dim
 from moesaic.train.config import RunConfig
+from moesaic.train.optim import MuonConfig
 from moesaic.train.step import Compute
 
 FEW_ROWS = 4
@@ -49,16 +50,15 @@ def estimate(
         length = tensor.shape[shard_dim(tensor.shape, shards)]
         return size // length * -(-length // shards)
 
-    gradients = sum(share(parameter) for parameter in model.parameters())
-    if owned:
-        gradients += owned_bytes(model, shards)
+    experts = owned_bytes(model, shards) if owned else sum(map(share, bank_parameters(model)))
+    gradients = sum(share(parameter) for parameter in model.parameters()) + (experts if owned else 0)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     width = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
     rows = -(-run.micro_batch_rows // ranks)
     found = {
         "weights": gradients + buffers,
         "gradients": gradients,
-        "optimizer": 2 * gradients,
+        "optimizer": 2 * gradients - (experts if isinstance(run.optim, MuonConfig) else 0),
         "activations": saved_bytes(model, run, rows, dtype, device),
         "logits": min(CHUNK, rows * run.data.seq_len) * vocab * width,
     }

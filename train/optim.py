@@ -1,4 +1,4 @@
-"""AdamW with per-group rules, learning-rate schedules, and clipping by the global norm."""
+"""AdamW and Muon with per-group rules, learning-rate schedules, and clipping by the global norm."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesaic.models.names import logical_parameters, logical_tensors
+from moesaic.models.names import expert_matrices, logical_parameters, logical_tensors
 from moesaic.parallel.shard import local
+from moesaic.train.muon import Muon, Scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +102,15 @@ class GroupRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW (arXiv:1711.05101). Tensors of one dimension are not decayed."""
+class OptimConfig:
+    """What all optimizers have in common. Tensors of one dimension are not decayed."""
 
-    kind: Literal["adamw"] = "adamw"
     lr: float
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moments."""
+    """Decay of AdamW's moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decay per step, as a share of the learning rate."""
     clip: float | None = 1.0
@@ -132,10 +132,48 @@ class AdamWConfig:
             raise ValueError(f"clip: {self.clip} is not positive; null turns clipping off")
 
 
-def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """One group per distinct (learning rate factor, decay), sharded tensors apart from whole ones.
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig(OptimConfig):
+    """AdamW (arXiv:1711.05101). Tensors of one dimension are not decayed."""
 
-    Raises ValueError for a rule that matches nothing.
+    kind: Literal["adamw"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(OptimConfig):
+    """Muon for the matrices of experts, each orthogonalised on its own, and AdamW for everything else.
+
+    Muon needs whole matrices. An expert that has an owner lies on one rank; matrices of attention, dense layers and
+    shared experts are cut over the ranks, and those of the embedding, the head and routers want AdamW in any case. So
+    over several ranks experts must have owners (`parallel.experts: owned`). A group rule for `banks.*` gives Muon's
+    matrices another learning rate.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = 0.95
+    """Decay of the mean gradient."""
+    nesterov: bool = True
+    """Orthogonalise the mean as the next step would see it."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which they compute. bf16 is faster on GPUs."""
+    scale: Scale = "match_rms_adamw"
+    """Factor on the learning rate of a matrix. `match_rms_adamw`: 0.2 * sqrt(max(rows, columns)), which makes updates
+    as large as AdamW's, for its learning rates (arXiv:2502.16982). `spectral`: sqrt(max(1, rows / columns))."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: {self.momentum} is not in [0, 1)")
+        if not 1 <= self.ns_steps <= 100:
+            raise ValueError(f"ns_steps: {self.ns_steps} is not in 1 to 100")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """One group per distinct (learning rate factor, decay), sharded tensors apart from whole ones, Muon's from AdamW's.
+
+    Raises ValueError for a rule that matches nothing, and for Muon where there are no experts.
     """
     parameters = logical_parameters(model)
     unused = {rule.match for rule in config.groups}
@@ -157,22 +195,42 @@ def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, An
     if unused:
         known = ", ".join(sorted(parameters)[:8])
         raise ValueError(f"optim.groups: {sorted(unused)} match no parameter; names are {known}, ...")
-    members: dict[tuple[float, float, bool], list[Tensor]] = {}
+    experts = expert_matrices(model) if isinstance(config, MuonConfig) else {}
+    if isinstance(config, MuonConfig) and not experts:
+        raise ValueError("optim.kind: muon is for the matrices of experts, and the model has none; use adamw")
+    members: dict[tuple[float, float, bool, bool], list[Tensor]] = {}
     for parameter, found in rates.items():  # fused kernels take one class of tensors at a time
-        members.setdefault((*found, isinstance(parameter, DTensor)), []).append(parameter)
+        key = (*found, isinstance(parameter, DTensor), parameter in experts)
+        members.setdefault(key, []).append(parameter)
     return [
-        {"params": found, "factor": factor, "weight_decay": decay}
-        for (factor, decay, _), found in members.items()
+        {"params": found, "factor": factor, "weight_decay": decay, "muon": muon}
+        for (factor, decay, _, muon), found in members.items()
     ]
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameter groups, with its state already there."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameter groups, with its state already there."""
     groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if isinstance(config, MuonConfig):
+        optimizer = Muon(
+            groups,
+            expert_matrices(model),
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            steps=config.ns_steps,
+            dtype=torch.bfloat16 if config.ns_dtype == "bf16" else None,
+            scale=config.scale,
+            **shared,
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **shared)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # as the optimizer would at its first step: a checkpoint of step 0 then holds the same tensors as any other
+            if group["muon"]:
+                optimizer.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+                continue
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),

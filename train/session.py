@@ -41,6 +41,7 @@ from moesaic.train.loop import Loop, Tally, text_digest
 from moesaic.train.memory import estimate
 from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
+from moesaic.train.rules import restore_rules
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.run_log import ReportError, read_log
 from moesaic.train.stopping import StopRequest
@@ -241,6 +242,7 @@ def restore(
             f"{folder}: the training text or its order changed since the checkpoint ({before}, now {now}), so samples "
             "would be repeated or skipped; put it back, or start another run with name=..."
         )
+    restore_rules(trainee.rules, trainee.model, meta.get("rules", {}))
     return tally
 
 

@@ -16,7 +16,7 @@ from moesaic.moe.balance import AuxValue, aux_values, weighted
 from moesaic.moe.routing import Mode
 from moesaic.parallel.ranks import ALONE, Ranks
 from moesaic.parallel.shard import gradient_norm, owned_parameters, reduce_on_backward, sum_replicated
-from moesaic.train.optim import AdamWConfig, clip_gradients, set_learning_rate
+from moesaic.train.optim import OptimConfig, clip_gradients, set_learning_rate
 from moesaic.train.rules import Rule, StepState
 
 
@@ -138,7 +138,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     sums: Sums,
     *,
-    config: AdamWConfig,
+    config: OptimConfig,
     step: int,
     steps: int,
     rules: list[Rule],
