@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.ranks import Ranks
-from moesaic.parallel.slots import SlotTable
+from moesaic.parallel.slots import ExpertRows, SlotTable
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -95,6 +95,8 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
+    if isinstance(tensor, ExpertRows):
+        return tensor.local
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
