@@ -150,7 +150,8 @@ class AllToAll:
 
     def _compare(self, mine: int) -> None:
         found: list[Any] = [None] * self.topology.ranks
-        dist.all_gather_object(found, mine, group=self.group)
+        with waiting_for(f"plans of {self.name}", self.group):
+            dist.all_gather_object(found, mine, group=self.group)
         if len(set(found)) > 1:
             raise PlanError(f"ranks planned differently for one layer: {found}; this is a bug in moesaic")
 

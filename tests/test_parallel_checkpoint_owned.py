@@ -66,7 +66,7 @@ def blank(layout: Layout | None) -> tuple[dict[str, Tensor], Ranks]:
     if layout is not None:
         assert ranks.mesh is not None
         group = ranks.mesh.get_group("dp_shard")
-        banks = dict(zip(("layer0", "layer2"), layout.owners, strict=True))
+        banks: dict[str, tuple[int, ...]] = {"layer0": layout.owners[0], "layer2": layout.owners[1]}
         old = even_owners(dict.fromkeys(banks, EXPERTS), group.size())
         reshard(model, optimizer, old, OwnerMap(group.size(), banks), group)
     state = {name: tensor.detach() for name, tensor in logical_tensors(model).items()}
