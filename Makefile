@@ -43,6 +43,7 @@ lint: $(DEV)
 bench: $(DEV)
 	$(BIN)/python bench/moe_layer.py
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/expert_parallel.py
 
 install: $(DEV)
 

@@ -7,9 +7,10 @@ Dims: T tokens, D model width, F expert hidden width, E experts, K experts per t
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -100,6 +101,92 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     parameter = module.get_parameter(name)
     assert isinstance(parameter, nn.Parameter)
     return parameter
+
+
+# --- One layer over several ranks
+
+
+class AllToAllPeer:
+    """Expert parallelism as one writes it with torch alone: rows sorted by expert, `all_to_all_single` there and back,
+    `F.grouped_mm` between. Rank r has experts r * M to (r + 1) * M - 1.
+
+    Dims: M experts of this rank.
+    """
+
+    def __init__(
+        self, w1: Float[Tensor, "M 2 F D"], w2: Float[Tensor, "M D F"], group: dist.ProcessGroup
+    ) -> None:
+        self.w1 = nn.Parameter(w1.clone())
+        self.w2 = nn.Parameter(w2.clone())
+        self.group = group
+
+    def __call__(
+        self, x: Float[Tensor, "T D"], experts: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
+    ) -> Float[Tensor, "T D"]:
+        ranks, here = dist.get_world_size(self.group), len(self.w1)
+        order = experts.flatten().argsort(stable=True)
+        tokens = order // experts.shape[1]
+        counts = experts.flatten().bincount(minlength=ranks * here)
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        arriving = arriving.view(ranks, here)
+        send, receive = counts.view(ranks, here).sum(1).tolist(), arriving.sum(1).tolist()
+        arrived = _Exchange.apply(x[tokens], send, receive, self.group)
+        of = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving.flatten())
+        by_expert = of.argsort(stable=True)
+        ends = arriving.sum(0).cumsum(0).int()
+        gate, up = F.grouped_mm(arrived[by_expert], self.w1.flatten(1, 2).transpose(1, 2), offs=ends).chunk(
+            2, -1
+        )
+        out = F.grouped_mm(F.silu(gate) * up, self.w2.transpose(1, 2), offs=ends)
+        back = _Exchange.apply(out[by_expert.argsort()], receive, send, self.group)
+        return torch.zeros_like(x).index_add(0, tokens, back * weights.flatten()[order, None])
+
+    def zero_grad(self) -> None:
+        self.w1.grad = self.w2.grad = None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+        ctx.travelled = send, receive, group
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        send, receive, group = ctx.travelled
+        return _Exchange.apply(grads[0], receive, send, group), None, None, None  # type: ignore[return-value]
+
+
+def deepspeed_layer(
+    D: int, F: int, E: int, K: int, ranks: int, w1: Float[Tensor, "M 2 F D"], w2: Float[Tensor, "M D F"]
+) -> nn.Module:
+    """DeepSpeed's MoE layer over the ranks of the default group, without dropping tokens. Its gate is its own."""
+    import deepspeed  # type: ignore[import-not-found]
+    from deepspeed.moe.layer import MoE  # type: ignore[import-not-found]
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    layer = MoE(D, _SwiGLU(D, F), num_experts=E, ep_size=ranks, k=K, drop_tokens=False, use_rts=False)
+    with torch.no_grad():
+        for index, expert in enumerate(module for module in layer.modules() if isinstance(module, _SwiGLU)):
+            expert.w1.copy_(w1[index].flatten(0, 1))
+            expert.w2.copy_(w2[index])
+    return layer
+
+
+class _SwiGLU(nn.Module):
+    """One expert, as DeepSpeed wants it: it makes a copy for every expert of the rank."""
+
+    def __init__(self, D: int, F: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(2 * F, D))
+        self.w2 = nn.Parameter(torch.zeros(D, F))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        gate, up = (rows @ self.w1.T).chunk(2, -1)
+        return (F.silu(gate) * up) @ self.w2.T
 
 
 # --- A whole training step

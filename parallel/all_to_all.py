@@ -8,7 +8,7 @@ Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E ex
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from moesaic.kernels.combine import combine_rows, gather_rows
 from moesaic.moe.experts import Experts, Weights
 from moesaic.moe.routing import Plan
 from moesaic.parallel.placement import Round, Topology, digest, no_copies, rounds, token_plan
+from moesaic.parallel.ranks import waiting_for
 
 
 class PlanError(RuntimeError):
@@ -57,6 +58,8 @@ class AllToAll:
     """Most rows that a rank receives at once. More come in several rounds, which backward computes again."""
     compare_plans: bool = False
     """Have all ranks compare what they planned, at every layer."""
+    name: str = "a layer"
+    """In errors."""
     traffic: Traffic = field(default_factory=Traffic)
 
     def run(
@@ -68,27 +71,38 @@ class AllToAll:
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T D"]:
         turns = self.plan(plan)
-        places = torch.from_numpy(np.concatenate([turn.taken.places() for turn in turns])).to(x.device)
+        places, *indices = uploaded(
+            [
+                np.concatenate([turn.taken.places() for turn in turns]),
+                *(turn.sorted.places() for turn in turns),
+                *(turn.counts for turn in turns),
+            ],
+            x.device,
+        )
         where = torch.empty_like(places)  # of a row of the plan, among what is sent
         where[places] = torch.arange(len(places), device=x.device)
         where, tokens = where[plan.where], plan.tokens[places]
         one_round = len(turns) == 1
-        per_token = plan.per_token
-        sent = gather_rows(x, tokens, where, plan.offsets, per_token=per_token)  # (R, D), in order of rounds
+        per_token, backend = plan.per_token, experts.backend
+        sent = gather_rows(
+            x, tokens, where, plan.offsets, per_token=per_token, backend=backend
+        )  # (R, D), in order of rounds
         weights = experts.source.weights(x.dtype)
         came_back, aside = [], None
-        for number, (turn, part) in enumerate(
-            zip(turns, sent.split([int(t.send.sum()) for t in turns]), strict=True)
-        ):
+        parts = sent.split([int(turn.send.sum()) for turn in turns])
+        for number, (turn, part) in enumerate(zip(turns, parts, strict=True)):
+            order, counts = indices[number], indices[len(turns) + number]
             meanwhile = (lambda: shared(x)) if shared is not None and number == 0 else None
             if one_round or not torch.is_grad_enabled():
-                rows, aside_now = self._round(part, weights, turn, experts, meanwhile)
+                rows, aside_now = self._round(part, weights, turn, order, counts, experts, meanwhile)
             else:
                 rows, aside_now = checkpoint(  # type: ignore[misc]
                     self._round,
                     part,
                     weights,
                     turn,
+                    order,
+                    counts,
                     experts,
                     meanwhile,
                     use_reentrant=False,
@@ -97,16 +111,19 @@ class AllToAll:
             came_back.append(rows)
             aside = aside_now if aside_now is not None else aside
         back = came_back[0] if one_round else torch.cat(came_back)
-        y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token)
+        y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token, backend=backend)
         return y if aside is None else y + aside
 
     def plan(self, plan: Plan) -> list[Round]:
         """This rank's rounds, from everybody's counts. The host waits here, and nowhere else."""
         ranks = self.topology.ranks
         with self._waiting():
-            gathered = [torch.empty_like(plan.counts) for _ in range(ranks)]
-            dist.all_gather(gathered, plan.counts.contiguous(), group=self.group)
-            counts = torch.stack(gathered).cpu().numpy()
+            mine = plan.counts.repeat(ranks)
+            gathered = torch.empty_like(mine)
+            # from each rank to each: when one is gone, all notice
+            with waiting_for(f"counts of {self.name}", self.group):
+                dist.all_to_all_single(gathered, mine, group=self.group)
+            counts = gathered.view(ranks, -1).cpu().numpy()
         self.traffic.bytes_counts += (ranks - 1) * plan.counts.nbytes
         present = no_copies(self.owners, ranks)
         tokens = token_plan(counts, present, self.topology)
@@ -123,24 +140,25 @@ class AllToAll:
         sent: Tensor,
         weights: Weights,
         turn: Round,
+        order: Tensor,
+        counts: Tensor,
         experts: Experts,
         meanwhile: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Rows to their experts and back, in the order in which they were sent; `meanwhile` runs while they travel."""
-        there = Travel(self, turn.send.tolist(), turn.receive.tolist())
+        there = Travel(self, "rows to their experts", turn.send.tolist(), turn.receive.tolist())
         arriving = there.start(sent)
         aside = None if meanwhile is None else meanwhile()
         arrived = there.finish(arriving)
-        order = torch.from_numpy(turn.sorted.places()).to(sent.device)
-        counts = torch.from_numpy(turn.counts).to(sent.device)
         out = experts.run(weights, _Reorder.apply(arrived, order), counts)
         out = _Reorder.apply(out, inverse(order))
-        back = Travel(self, turn.receive.tolist(), turn.send.tolist())
+        back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
         return back.finish(back.start(out)), aside
 
     def _compare(self, mine: int) -> None:
         found: list[Any] = [None] * self.topology.ranks
-        dist.all_gather_object(found, mine, group=self.group)
+        with waiting_for(f"plans of {self.name}", self.group):
+            dist.all_gather_object(found, mine, group=self.group)
         if len(set(found)) > 1:
             raise PlanError(f"ranks planned differently for one layer: {found}; this is a bug in moesaic")
 
@@ -162,8 +180,8 @@ class _Clock:
 class Travel:
     """One exchange of rows, which other work can go on beside; its gradient travels the other way, likewise."""
 
-    def __init__(self, dispatcher: AllToAll, send: list[int], receive: list[int]) -> None:
-        self.dispatcher, self.send, self.receive = dispatcher, send, receive
+    def __init__(self, dispatcher: AllToAll, what: str, send: list[int], receive: list[int]) -> None:
+        self.dispatcher, self.what, self.send, self.receive = dispatcher, what, send, receive
         self.returning: Tensor | None = None
 
     def start(self, rows: Tensor) -> Tensor:
@@ -174,13 +192,15 @@ class Travel:
         """What arrived."""
         return _Arrive.apply(arriving, self)  # type: ignore[no-any-return]
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def exchange(self, what: str, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         group, traffic = self.dispatcher.group, self.dispatcher.traffic
         own = dist.get_rank(group)
         rows = rows.contiguous()
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         self.rows = rows  # kept until it has left
-        self.work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
+        self.what_travels = f"{what} of {self.dispatcher.name}"
+        with waiting_for(self.what_travels, group):
+            self.work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
         traffic.bytes_tokens += (sum(send) - send[own]) * rows.shape[1] * rows.element_size()
         return out
 
@@ -192,7 +212,7 @@ class Travel:
 
     def wait(self) -> None:
         assert self.work is not None
-        with self.dispatcher._waiting():
+        with self.dispatcher._waiting(), waiting_for(self.what_travels, self.dispatcher.group):
             self.work.wait()
         del self.work, self.rows
 
@@ -201,7 +221,7 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, travel: Travel) -> Tensor:
         ctx.travel = travel
-        return travel.exchange(rows, travel.send, travel.receive)
+        return travel.exchange(travel.what, rows, travel.send, travel.receive)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -219,7 +239,9 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         travel = ctx.travel
-        travel.returning = travel.exchange(grads[0], travel.receive, travel.send)
+        travel.returning = travel.exchange(
+            f"gradients of {travel.what}", grads[0], travel.receive, travel.send
+        )
         return grads[0], None  # of the shape that autograd expects; what returns has another
 
 
@@ -242,3 +264,11 @@ def inverse(order: Tensor) -> Tensor:
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return back
+
+
+def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Integers as tensors of a device, in one copy, for which the host does not wait."""
+    flat = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return flat.to(device, non_blocking=True).split([len(array) for array in arrays])

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+LONGEST = 1e8
+"""Seconds, three years: more than any run, and what clocks can add."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -31,6 +34,8 @@ class ParallelConfig:
     """Parts of one matrix."""
     recompute: Literal["none", "block"] = "none"
     """`block`: keep only each sub-layer's input and its routing, and compute the rest again in the backward pass."""
+    timeout: float = 600.0
+    """Seconds without progress after which a rank gives up on the others."""
     compile: bool = False
     """Compile attention and the expert function with torch.compile."""
 
@@ -39,6 +44,8 @@ class ParallelConfig:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ValueError(f"{axis}: {size} is not positive")
+        if not 0 < self.timeout < LONGEST:
+            raise ValueError(f"timeout: {self.timeout} is not between 0 and {LONGEST:.0e} seconds")
         if self.max_rows is not None:
             if self.max_rows < 1:
                 raise ValueError(f"max_rows: {self.max_rows} is not positive")

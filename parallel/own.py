@@ -11,7 +11,7 @@ from moesaic.moe.layer import MoE
 from moesaic.parallel.all_to_all import AllToAll
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
-from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.ranks import Ranks, limit_waits
 from moesaic.parallel.slots import Slots, TableSource, take_banks
 
 
@@ -30,6 +30,7 @@ def own_experts(
         ranks.mesh.device_type, tuple(ranks.mesh.shape), mesh_dim_names=("copies", "owners")
     )
     group = mesh.get_group("owners")
+    limit_waits(mesh.get_all_groups(), config)
     size, rank = mesh["owners"].size(), mesh.get_local_rank("owners")
     owners = owners or even_owners({bank.name: bank.num_experts for bank in banks}, size)
     chosen = owners
@@ -37,7 +38,7 @@ def own_experts(
     model.slots = Slots(tables, owners, group)
     sources = {bank: TableSource(table, bank) for table in tables for bank in table.owned}
     topology = Topology(size, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    for layer in layers_of(model):
+    for path, layer in layers_of(model):
         source = layer.experts.source
         assert isinstance(source, Bank)
         layer.experts.source = sources[source.name]
@@ -47,9 +48,10 @@ def own_experts(
             topology,
             max_rows=config.max_rows,
             compare_plans=config.compare_plans,
+            name=path or "a layer",
         )
 
 
-def layers_of(model: nn.Module) -> Sequence[MoE]:
-    """The mixtures of experts of a model."""
-    return [module for module in model.modules() if isinstance(module, MoE)]
+def layers_of(model: nn.Module) -> Sequence[tuple[str, MoE]]:
+    """The mixtures of experts of a model, with their paths."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, MoE)]

@@ -4,7 +4,8 @@ One process without a process group is a case like any other: it sums with nobod
 """
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,13 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from moesaic.parallel.config import ParallelConfig
 
 T = TypeVar("T")
 
+ROLL_CALL = 2.0
+"""Seconds in which a rank that waits in vain, like this one, will have noticed."""
+
 AXES = ("dp_replicate", "dp_shard")
 """Mesh axes that have more than one size so far, outermost first."""
+
+
+class RankGoneError(ConnectionError):
+    """A rank has died, or makes no progress; the message says which, and what this one was waiting for."""
 
 
 class RankError(ValueError):
@@ -51,7 +60,8 @@ class Ranks:
         total = values.detach().to("cpu", torch.float64)
         if self.control is not None:
             total = total.clone()
-            dist.all_reduce(total, group=self.control)
+            with waiting_for("a sum over ranks", self.control):
+                dist.all_reduce(total, group=self.control)
         return total
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
@@ -67,7 +77,8 @@ class Ranks:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        with waiting_for("values of all ranks", self.control):
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def shared(self, make: Callable[[], T]) -> T:
@@ -81,7 +92,8 @@ class Ranks:
                 outcome[0] = make()
             except ValueError as refused:
                 error, outcome[1] = refused, str(refused)
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        with waiting_for("what the first rank decides", self.control):
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
         if error is not None:
             raise error
         if outcome[1] is not None:
@@ -93,13 +105,15 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        with waiting_for("a sum over ranks"):
+            dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         total = grads[0].clone()
-        dist.all_reduce(total)
+        with waiting_for("the gradient of a sum over ranks"):
+            dist.all_reduce(total)
         return total
 
 
@@ -113,8 +127,11 @@ def world_size() -> int:
 
 
 @contextmanager
-def joined(config: ParallelConfig, *, timeout: timedelta = timedelta(minutes=10)):
-    """Join the other processes that torchrun started, for the length of a run; yields this process's `Ranks`."""
+def joined(config: ParallelConfig):
+    """Join the other processes that torchrun started, for the length of a run; yields this process's `Ranks`.
+
+    What they do together raises RankGoneError where one is gone, or has been silent for `config.timeout` seconds.
+    """
     if world_size() == 1:
         yield ALONE
         return
@@ -123,7 +140,9 @@ def joined(config: ParallelConfig, *, timeout: timedelta = timedelta(minutes=10)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     begun = not dist.is_initialized()
     if begun:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=config.timeout)
+        )
     try:
         yield ranks_of(config, "cuda" if cuda else "cpu")
     finally:
@@ -140,4 +159,48 @@ def ranks_of(config: ParallelConfig, device: str) -> Ranks:
     control = dist.new_group(backend="gloo")
     assert control is not None
     assert not isinstance(control, int)
+    limit_waits([control, *mesh.get_all_groups()], config)
     return Ranks(dist.get_rank(), size, mesh, control)
+
+
+def limit_waits(groups: Iterable[dist.ProcessGroup], config: ParallelConfig) -> None:
+    """Give up after `config.timeout` in these groups, which else have the backend's own limit: half an hour."""
+    for group in groups:
+        _set_pg_timeout(timedelta(seconds=config.timeout), group)
+
+
+@contextmanager
+def waiting_for(what: str, group: dist.ProcessGroup | None = None):
+    """Communication within raises RankGoneError where it fails. None: the group of all ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = str(error).partition("\n")[0]
+        raise RankGoneError(f"waiting for {what}: {absent(group)} gone or stuck ({cause})") from error
+
+
+def absent(group: dist.ProcessGroup | None) -> str:
+    """Which ranks of a group do not notice, as this one did, that something is wrong; as the subject of a sentence."""
+    me = dist.get_rank()
+    others = [rank for rank in dist.get_process_group_ranks(group or dist.group.WORLD) if rank != me]
+    silent = others
+    if len(others) > 1:  # else it is clear who it is
+        with suppress(RuntimeError):  # the store may have gone with its rank
+            silent = roll_call(me, others)
+    if len(silent) == 1:
+        return f"rank {silent[0]} is"
+    if silent:
+        return f"ranks {', '.join(map(str, silent))} are"
+    return f"one of ranks {', '.join(map(str, others))} was"  # and answered since
+
+
+def roll_call(me: int, others: Sequence[int]) -> list[int]:
+    """Say that this rank is alive, and return who else does not within a moment."""
+    store = _get_default_store()
+    store.set(f"moesaic alive {me}", "")
+    ends = time.monotonic() + ROLL_CALL
+    silent = list(others)
+    while silent and time.monotonic() < ends:
+        silent = [rank for rank in silent if not store.check([f"moesaic alive {rank}"])]
+        time.sleep(0.02)
+    return silent

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moesaic.moe.layer import MoE
 from moesaic.parallel.all_to_all import AllToAll
 from moesaic.parallel.placement import OwnerMap
+from moesaic.parallel.ranks import waiting_for
 from moesaic.parallel.slots import Owned, SlotTable, slots_of
 
 SLAB = 64 << 20
@@ -132,6 +133,7 @@ def permuted(rows: Tensor, moves: Sequence[Move], slots: int, group: dist.Proces
         ]
         leaving = rows[[slot for part in sends for slot in part]]
         arriving = rows.new_empty(sum(map(len, comes)), *rows.shape[1:])
-        dist.all_to_all_single(arriving, leaving, [*map(len, comes)], [*map(len, sends)], group=group)
+        with waiting_for("experts that move", group):
+            dist.all_to_all_single(arriving, leaving, [*map(len, comes)], [*map(len, sends)], group=group)
         result[[slot for part in comes for slot in part]] = arriving
     return result

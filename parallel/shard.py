@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel.ranks import Ranks
-from moesaic.parallel.slots import SlotTable
+from moesaic.parallel.ranks import Ranks, waiting_for
+from moesaic.parallel.slots import ExpertRows, SlotTable
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -83,11 +83,14 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
         if table.master.grad is None:  # no token came: an optimizer still decays
             table.master.grad = torch.zeros_like(table.master)
         if ranks.mesh["dp_replicate"].size() > 1:
-            dist.all_reduce(table.master.grad, group=ranks.mesh.get_group("dp_replicate"))
+            group = ranks.mesh.get_group("dp_replicate")
+            with waiting_for("the sum of experts' gradients over copies", group):
+                dist.all_reduce(table.master.grad, group=group)
     parameters = replicated_parameters(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
+    with waiting_for("the sum of gradients over ranks"):
+        dist.all_reduce(flat)
     parts = flat.split([grad.numel() for grad in grads])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter).clone()
@@ -95,6 +98,8 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
+    if isinstance(tensor, ExpertRows):
+        return tensor.local
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -127,5 +132,7 @@ def gradient_norm(parameters: list[Tensor], ranks: Ranks, owned: Collection[Tens
     if ranks.mesh is None or not parts:
         return norm.item()
     square = torch.stack([torch.linalg.vector_norm(part).double().square() for part in parts]).sum()
-    dist.all_reduce(square, group=ranks.mesh.get_group("dp_shard"))
+    group = ranks.mesh.get_group("dp_shard")
+    with waiting_for("the norm of all gradients", group):
+        dist.all_reduce(square, group=group)
     return (norm.double().square() + square).sqrt().item()

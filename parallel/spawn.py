@@ -20,6 +20,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+LAST_WORDS = 5.0
+"""Seconds that ranks have to say where another's death has left them."""
+
 
 class RankFailedError(RuntimeError):
     """A rank raised, died or did not finish; the message says which and why."""
@@ -70,11 +73,26 @@ def _collect(results: list[Connection], processes: list[Any], timeout: float) ->
                 failure, value = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(5)
-                raise RankFailedError(f"rank {rank} died (exit code {processes[rank].exitcode})") from None
+                others = [other for other in waiting if other is not receiver]
+                said = _last_words(results, others)
+                raise RankFailedError(
+                    f"rank {rank} died (exit code {processes[rank].exitcode}){said}"
+                ) from None
             if failure is not None:
                 raise RankFailedError(f"rank {rank} failed: {failure}")
             found[rank] = value
     return [found[rank] for rank in range(len(results))]
+
+
+def _last_words(results: list[Connection], others: list[Connection]) -> str:
+    """What the others make of a rank's death: they notice where they wait for it."""
+    said = ""
+    for receiver in wait(others, LAST_WORDS) if others else ():
+        with suppress(EOFError):
+            failure, _ = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
+            if failure is not None:
+                said += f"; rank {results.index(receiver)}: {failure.strip().splitlines()[-1]}"  # type: ignore[arg-type]
+    return said
 
 
 def _rank(

@@ -56,7 +56,7 @@ class Meter:
     def __init__(self, model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype) -> None:
         """`dtype`: of matrices while they compute and travel."""
         self.ranks = ranks
-        found = [layer.dispatcher for layer in layers_of(model)]
+        found = [layer.dispatcher for _, layer in layers_of(model)]
         self.dispatchers = [dispatcher for dispatcher in found if isinstance(dispatcher, AllToAll)]
         self.dense = (
             dense_bytes(model, ranks, micro_batches=micro_batches, dtype=dtype) if self.dispatchers else {}

@@ -1,14 +1,16 @@
 """Owned experts against one process: outputs and every gradient, bit for bit where all numbers are small integers."""
 
+import warnings
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.models.names import logical_tensors
 from moesaic.moe.layer import MoE
-from moesaic.moe.routing import Routing
+from moesaic.moe.routing import RouterInput, Routing
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.own import own_experts
@@ -172,3 +174,30 @@ def test_moved_experts_compute_the_same() -> None:
     results = run_ranks(lambda: [on_a_rank(case, then=then) for case, then in moves], 2)
     for index, (case, _) in enumerate(moves):
         compare(case, [of_rank[index] for of_rank in results])
+
+
+@pytest.mark.gpu
+def test_the_host_waits_once_per_layer() -> None:
+    """For the counts. A group of one rank sends as many do."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    try:
+        ranks = ranks_of(ParallelConfig(), "cuda")
+        layer = MoE(MoE.Config(num_experts=4, hidden=32, router=TopKRouter.Config(k=2)), 32).cuda()
+        own_experts(layer, ParallelConfig(experts="owned"), ranks)
+        torch.nn.init.normal_(slot_tables(layer)[0].master)
+        x = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+        def go() -> None:
+            layer(x, layer.route(RouterInput(tokens=x, mode="train"))).sum().backward()
+
+        go()  # groups and kernels are made
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            go()
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([found for found in caught if "synchroniz" in str(found.message)]) == 1
+    finally:
+        dist.destroy_process_group()

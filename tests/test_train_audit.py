@@ -1,8 +1,9 @@
 """The audit passes every shipped config, and catches planted bugs of the kinds that others have shipped."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ from moesaic.launch.cli import app
 from moesaic.launch.config import read_run
 from moesaic.models.block import Block
 from moesaic.moe.layer import MoE
+from moesaic.parallel import all_to_all
+from moesaic.parallel import shard as shards
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.placement import OwnerMap, even_owners
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
+from moesaic.parallel.reshard import reshard
+from moesaic.parallel.shard import slot_tables
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import audit as audits
 from moesaic.train import step as steps
+from moesaic.train.assemble import Trainee
 from moesaic.train.audit import Audit, audit, by_kind, kind
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -191,6 +198,128 @@ def test_a_stale_buffer_on_one_rank_is_caught(monkeypatch: pytest.MonkeyPatch) -
     found = by_kind(run_audit().findings)["after step ffn.router.bias"]
     assert not found.passed
     assert found.where.startswith("rank 1")
+
+
+def owned(*overrides: str, ranks: int = 2) -> dict[str, float]:
+    """What fails of a run with owned experts."""
+    return failed(run_audit("parallel.experts=owned", *overrides, ranks=ranks))
+
+
+def test_owned_experts_pass() -> None:
+    assert owned() == {}
+    assert owned("parallel.dp_replicate=2", ranks=4) == {}
+
+
+def test_owned_gradients_divided_by_ranks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if they were averaged like those of data parallelism, although their owner has all tokens."""
+    true = steps.sum_replicated
+
+    def averaged(model: torch.nn.Module, ranks: Ranks) -> None:
+        true(model, ranks)
+        for table in slot_tables(model):
+            assert table.master.grad is not None
+            table.master.grad /= ranks.size
+
+    monkeypatch.setattr(steps, "sum_replicated", averaged)
+    found = owned()
+    assert found["grad banks.w1"] == pytest.approx(0.5, rel=1e-3)
+    assert found["grad banks.w2"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_copy_left_out_of_the_sum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts learn from the tokens of their own copy of the model only."""
+    true = shards.sum_replicated
+
+    def forgetful(model: torch.nn.Module, ranks: Ranks) -> None:
+        before = [table.master.grad.clone() for table in slot_tables(model)]  # type: ignore[union-attr]
+        true(model, ranks)
+        for table, grad in zip(slot_tables(model), before, strict=True):
+            table.master.grad = grad
+
+    monkeypatch.setattr(steps, "sum_replicated", on_ranks(forgetful, true))
+    found = owned("parallel.dp_replicate=2", ranks=4)
+    assert {"grad banks.w1", "grad banks.w2", "after step banks.w1"} <= found.keys()
+    assert found["grad banks.w1"] < 0.9
+    assert owned() == {}  # there is but one copy
+
+
+def test_optimizer_state_left_behind_by_its_experts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments of an expert that moved would be another's: the next step shows it."""
+
+    def reversed_owners(trainee: Trainee, step: int, *, with_state: bool) -> None:
+        tables = slot_tables(trainee.model)
+        if step == 1 and tables:
+            experts = {part.bank: part.num_experts for table in tables for part in table.owned.values()}
+            new = {bank: owners[::-1] for bank, owners in even_owners(experts, 2).owners.items()}
+            reshard(trainee.model, trainee.optimizer if with_state else None, OwnerMap(2, new))
+
+    run = audits.shrunken(read_run("debug", [*SETTINGS, "parallel.experts=owned"], world_size=None), 2)
+    reference = audits.observe(ALONE, replace(run, parallel=ParallelConfig()))
+    for with_state in (True, False):
+        before = partial(reversed_owners, with_state=with_state)
+        seen = run_ranks(
+            lambda before=before: audits.observe(ranks_of(run.parallel, "cpu"), run, before=before), 2
+        )
+        wrong = {found.what for found in audits.compare(reference, seen) if not found.passed}
+        assert wrong == (set() if with_state else {"after step banks.w1", "after step banks.w2"})
+
+
+def test_rows_in_another_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came back is taken for what was sent, but for two rows."""
+    true = all_to_all.Travel.finish
+
+    def swapped(self: all_to_all.Travel, arriving: torch.Tensor) -> torch.Tensor:
+        rows = true(self, arriving)
+        return rows[[1, 0, *range(2, len(rows))]] if self.what.startswith("rows from") else rows
+
+    monkeypatch.setattr(all_to_all.Travel, "finish", swapped)
+    assert {"loss", "held-out loss", "grad banks.w1", "grad ffn.router.gate"} <= owned().keys()
+
+
+def test_gates_that_see_no_travelled_rows_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate's gradient needs the rows that its token's experts sent back, not those on the way there."""
+    true = all_to_all.combine_rows
+
+    def cut(rows: torch.Tensor, gates: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        return true(rows, gates.detach(), *args, **named)
+
+    monkeypatch.setattr(all_to_all, "combine_rows", cut)
+    first = run_audit("parallel.experts=owned")
+    assert {finding.what for finding in first.findings if finding.step == 0 and not finding.passed} >= {
+        "grad ffn.router.gate",
+        "gradient norm",
+    }
+    assert by_kind(tuple(f for f in first.findings if f.step == 0))["loss"].passed
+
+
+def test_local_rows_in_the_gradient_of_gates_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates multiply what came back, but their gradient is taken with what this rank's own experts computed."""
+    true = all_to_all.combine_rows
+
+    def mixed(rows: torch.Tensor, gates: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        half = len(rows) // 2
+        others = torch.cat([rows[:half], rows[half:].detach() * 0])
+        y = true(rows, gates.detach(), *args, **named)
+        z = true(others.detach(), gates, *args, **named)
+        return y + z - z.detach()
+
+    monkeypatch.setattr(all_to_all, "combine_rows", mixed)
+    assert "grad ffn.router.gate" in owned()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_norm_without_all_owned_experts_is_caught(monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
+    """Left out, or only those of each rank itself, which then clips by a number of its own."""
+
+    def wrong(parameters: list[torch.Tensor], ranks: Ranks, owned: Collection[torch.Tensor]) -> float:
+        left = [p for p in parameters if local or all(p is not master for master in owned)]
+        return shards.gradient_norm(left, ranks)
+
+    monkeypatch.setattr(audits, "gradient_norm", wrong)
+    assert 0 < owned()["gradient norm"] < 1
+    monkeypatch.undo()
+    monkeypatch.setattr(steps, "gradient_norm", wrong)
+    assert "after step embedding" in owned()  # clipped to another length
 
 
 def test_kinds_leave_out_the_layer() -> None:

@@ -18,8 +18,9 @@ from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.names import logical_tensors
 from moesaic.parallel.checkpoint import read_meta, read_tensors
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
-from moesaic.parallel.shard import replicated_parameters
+from moesaic.parallel.shard import replicated_parameters, slot_tables
 from moesaic.parallel.spawn import run_ranks
+from moesaic.train import generate as generation
 from moesaic.train import session
 from moesaic.train.assemble import Trainee
 from moesaic.train.audit import build_model_wide, full
@@ -27,6 +28,7 @@ from moesaic.train.checkpoints import CheckpointConfig, Checkpoints
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.loop import Loop
+from moesaic.train.nonfinite import bad_gradient, bad_weight
 from moesaic.train.optim import build_optimizer
 from moesaic.train.rules import restore_rules, rules_of, states_of
 from moesaic.train.step import Compute, accumulate, update
@@ -267,8 +269,11 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(column(train(run, 2, resume=True), "train/loss")) == 24
 
 
-def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny(tmp_path)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_nan_on_one_rank_stops_all_with_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: list[str]
+) -> None:
+    run = tiny(tmp_path, *layout)
     true = Compute.forward
 
     def forward(self: Compute, model: Any, batch: Any, **named: Any) -> Any:
@@ -287,6 +292,55 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(tmp_path: Path, monkeypatch: 
         f"nonfinite_step_00000002_rank_{rank}.safetensors" for rank in (0, 1)
     ]
     assert "(rank 1)" in (folder / "log.txt").read_text()
+
+
+def test_the_gradient_of_owned_experts_is_searched_for_nan(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "parallel.experts=owned")
+
+    def work() -> list[str | None]:
+        ranks = ranks_of(run.parallel, "cpu")
+        model = build_model_wide(run, Device(torch.device("cpu"), torch.float64, 1, "", ""), ranks, VOCAB)
+        (table,) = slot_tables(model)
+        table.master.grad = torch.zeros_like(table.master)
+        found = [bad_gradient(model)]
+        table.master.grad[0, 0] = torch.nan
+        with torch.no_grad():
+            table.master[-1, -1] = torch.inf
+        return [*found, bad_gradient(model), bad_weight(model)]
+
+    for found in run_ranks(work, 2):
+        assert found == [
+            None,
+            "the forward pass is finite; the gradient of banks.layer1.w1 is not",
+            "weight banks.layer2.w2 is not finite before the step",
+        ]
+
+
+def test_ranks_that_differ_in_the_last_bit_write_one_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise one could end its text while another waits for it in a layer."""
+    run = tiny(tmp_path, "parallel.experts=owned")
+    monkeypatch.setattr(generation, "sample", lambda *_, **__: 1 - dist.get_rank())  # 0 ends the text
+
+    def work() -> str:
+        ranks = ranks_of(run.parallel, "cpu")
+        model = build_model_wide(run, Device(torch.device("cpu"), torch.float64, 1, "", ""), ranks, VOCAB)
+        return generation.generate(model, Digits(), "12", max_tokens=3, dtype=torch.float64, ranks=ranks)  # type: ignore[arg-type]
+
+    assert run_ranks(work, 2, timeout=60) == ["111", "111"]
+
+
+class Digits:
+    """A tokenizer of digits."""
+
+    mark = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(c) for c in text])
+
+    def decode(self, ids: np.ndarray) -> str:
+        return "".join(map(str, ids))
 
 
 MUON = ["optim={kind: muon, lr: 5e-3, schedule: {kind: wsd, warmup: 4, decay: 0.2}}"]

@@ -5,7 +5,7 @@ The reference is one process that sees every micro-batch whole, and neither reco
 to be nasty: documents of uneven length, padding, a rank whose rows hold next to nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -183,10 +183,17 @@ def my_batch(batch: Batch, ranks: Ranks, micro_batches: int) -> Batch:
     return Batch(*joined, cuts=tuple(len(part.rows) for part in parts))  # type: ignore[arg-type]
 
 
-def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
+def observe(
+    ranks: Ranks,
+    run: RunConfig,
+    *,
+    dtype: torch.dtype = torch.float64,
+    num_steps: int = STEPS,
+    before: Callable[[Trainee, int], None] | None = None,
+) -> list[dict[str, Tensor]]:
     """Train for a few steps; per step, everything that must not depend on the layout, by name, whole.
 
-    `dtype`: what blocks compute in. Master weights are float64.
+    `dtype`: what blocks compute in. Master weights are float64. `before` is called with the number of every step.
     """
     device = Device(torch.device("cpu"), dtype, 1, "", "")
     model = build_model_wide(run, device, ranks)
@@ -200,7 +207,9 @@ def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64)
     )
     micro = run.train.micro_batches
     seen = []
-    for step in range(STEPS):
+    for step in range(num_steps):
+        if before is not None:
+            before(trainee, step)
         whole = global_batch(run, step)
         batch = my_batch(whole, ranks, micro)
         sums = steps.accumulate(model, batch, trainee.compute, micro_batches=micro, step=step, ranks=ranks)
@@ -224,7 +233,7 @@ def observe(ranks: Ranks, run: RunConfig, *, dtype: torch.dtype = torch.float64)
             sums,
             config=limits,
             step=run.train.steps // 2 + step,
-            steps=run.train.steps + STEPS,
+            steps=run.train.steps + num_steps,
             rules=trainee.rules,
             ranks=ranks,
         )

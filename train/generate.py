@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.models.transformer import Transformer
+from moesaic.parallel.ranks import ALONE, Ranks
 from moesaic.train.assemble import print_warning, restore_run
 from moesaic.train.config import RunConfig
 
@@ -28,10 +29,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Continue `prompt` by up to `max_tokens` tokens; stops where the model begins another document.
 
-    Temperature 0 takes the likeliest token. Equal arguments give equal text. Returns the continuation alone.
+    Temperature 0 takes the likeliest token. Equal arguments give equal text. Returns the continuation alone. Over
+    several ranks all call it together, with the same arguments.
     """
     device = model.embedding.device
     generator = torch.Generator().manual_seed(seed)
@@ -42,8 +45,10 @@ def generate(
         tokens = torch.tensor([pending], device=device)
         logits = model(tokens, mode="eval", dtype=dtype, cache=cache).logits
         assert logits is not None
-        chosen = sample(
-            logits[0, -1].float().cpu(), temperature=temperature, top_p=top_p, generator=generator
+        last = logits[0, -1].float().cpu()
+        # the first rank's choice: where tokens travel, the last bits of logits depend on the rank
+        chosen = ranks.shared(
+            lambda last=last: sample(last, temperature=temperature, top_p=top_p, generator=generator)
         )
         if chosen == tokenizer.mark:
             break

@@ -39,8 +39,8 @@ def bad_weight(model: Transformer) -> str | None:
 
 def bad_gradient(model: Transformer) -> str | None:
     """The first gradient that is not finite."""
-    for name, tensor in logical_tensors(model).items():
-        if tensor.grad is not None and not local(tensor.grad).isfinite().all():
+    for name, grad in logical_tensors(model, lambda tensor: tensor.grad).items():
+        if not local(grad).isfinite().all():
             return f"the forward pass is finite; the gradient of {name} is not"
     return None
 

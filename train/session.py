@@ -262,6 +262,7 @@ def write_samples(
                 top_p=run.eval.top_p,
                 seed=run.seed + number,
                 dtype=trainee.compute.dtype,
+                ranks=trainee.ranks,
             ),
         )
         for number, prompt in enumerate(run.eval.prompts)
