@@ -75,7 +75,7 @@ def _collect(results: list[Connection], processes: list[Any], timeout: float) ->
                 failure, value = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(5)
-                failure, what = "", f"died (exit code {processes[rank].exitcode})"
+                failure, value, what = "", None, f"died (exit code {processes[rank].exitcode})"
             else:
                 what = f"failed: {failure}"
             if failure is not None:
