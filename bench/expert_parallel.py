@@ -240,7 +240,10 @@ def main() -> None:
                 print(sections[-1], flush=True)
     if not find_spec("deepspeed"):
         sections.append("DeepSpeed is not installed here, so its layer was not timed.")
-    command = f"python bench/expert_parallel.py --rounds {options.rounds}"
+    command = (
+        f"python bench/expert_parallel.py --rounds {options.rounds}"
+        f" --shapes {' '.join(map(str, options.shapes))} --dtypes {' '.join(options.dtypes)}"
+    )
     write_result("expert_parallel", "One layer of owned experts on two ranks", command, 1, sections)
 
 

@@ -80,8 +80,7 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
     if ranks.mesh is None:
         return
     for table in slot_tables(model):
-        if table.master.grad is None:  # no token came: an optimizer still decays
-            table.master.grad = torch.zeros_like(table.master)
+        table.settle()  # where no token came an optimizer still decays
         if ranks.mesh["dp_replicate"].size() > 1:
             group = ranks.mesh.get_group("dp_replicate")
             with waiting_for("the sum of experts' gradients over copies", group):

@@ -121,6 +121,8 @@ class SlotTable(nn.Module):
         super().__init__()
         self.shape, self.out = shape, out
         self.owned = {part.bank: part for part in owned}
+        self._written: set[str] = set()
+        """Banks whose rows of the gradient hold values; the others hold what memory held."""
         slots = sum(len(part.experts) for part in owned)
         self.master = nn.Parameter(like.new_empty(slots, shape.numel() + out.numel()))
 
@@ -148,6 +150,31 @@ class SlotTable(nn.Module):
         """All that is here of a tensor with the master's shape, as views: (S, G, F, D) and (S, D, F)."""
         cut = self.shape.numel()
         return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
+
+    def add_gradient(self, part: Owned, grads: Sequence[Tensor | None]) -> None:
+        """Add to a bank's rows; the first time after the gradient was cleared, write them. See `settle`."""
+        if self.master.grad is None:
+            self.master.grad, self._written = torch.empty_like(self.master), set()
+        rows = self.master.grad[part.first : part.first + len(part.experts)]
+        cut = self.shape.numel()
+        for box, grad in ((rows[:, :cut], grads[0]), (rows[:, cut:], grads[1])):
+            if part.bank in self._written:
+                if grad is not None:
+                    box += grad.flatten(1)
+            elif grad is None:
+                box.zero_()
+            else:
+                box.copy_(grad.flatten(1))
+        self._written.add(part.bank)
+
+    def settle(self) -> None:
+        """Zero the gradient of banks that got none: to be called when the last backward pass of a step is done."""
+        if self.master.grad is None:
+            self.master.grad, self._written = torch.empty_like(self.master), set()
+        for part in self.owned.values():
+            if part.bank not in self._written:
+                self.master.grad[part.first : part.first + len(part.experts)] = 0
+        self._written = set(self.owned)
 
     def weights(self, bank: str, dtype: torch.dtype) -> Weights:
         """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
@@ -186,14 +213,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        table, part = ctx.table, ctx.part
-        if table.master.grad is None:
-            table.master.grad = torch.zeros_like(table.master)
-        rows = table.master.grad[part.first : part.first + len(part.experts)]
-        cut = table.shape.numel()
-        for box, grad in ((rows[:, :cut], grads[0]), (rows[:, cut:], grads[1])):
-            if grad is not None:
-                box += grad.flatten(1)
+        ctx.table.add_gradient(ctx.part, grads)
         return None, None, None, None
 
 

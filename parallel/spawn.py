@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moesaic.parallel.ranks import RankGoneError
+
 T = TypeVar("T")
 
 LAST_WORDS = 5.0
@@ -73,25 +75,27 @@ def _collect(results: list[Connection], processes: list[Any], timeout: float) ->
                 failure, value = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(5)
-                others = [other for other in waiting if other is not receiver]
-                said = _last_words(results, others)
-                raise RankFailedError(
-                    f"rank {rank} died (exit code {processes[rank].exitcode}){said}"
-                ) from None
+                failure, value, what = "", None, f"died (exit code {processes[rank].exitcode})"
+            else:
+                what = f"failed: {failure}"
             if failure is not None:
-                raise RankFailedError(f"rank {rank} failed: {failure}")
+                others = [r for number, r in enumerate(results) if number != rank and number not in found]
+                known = failure and RankGoneError.__name__ not in failure
+                raise RankFailedError(f"rank {rank} {what}{'' if known else _last_words(results, others)}")
             found[rank] = value
     return [found[rank] for rank in range(len(results))]
 
 
 def _last_words(results: list[Connection], others: list[Connection]) -> str:
-    """What the others make of a rank's death: they notice where they wait for it."""
+    """What other ranks have to say of a death: where they waited in vain, or what they died of."""
     said = ""
     for receiver in wait(others, LAST_WORDS) if others else ():
         with suppress(EOFError):
             failure, _ = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             if failure is not None:
-                said += f"; rank {results.index(receiver)}: {failure.strip().splitlines()[-1]}"  # type: ignore[arg-type]
+                told = failure.strip()
+                told = told.splitlines()[-1] if RankGoneError.__name__ in told else told
+                said += f"; rank {results.index(receiver)}: {told}"  # type: ignore[arg-type]
     return said
 
 

@@ -154,8 +154,9 @@ class Before:
 
 
 def observed(case: Case, ranks: Ranks, run: RunConfig) -> list[dict[str, torch.Tensor]]:
-    dtype = torch.float64 if case.precision == "fp64" else torch.bfloat16
-    return audits.observe(ranks, run, dtype=dtype, num_steps=STEPS, before=Before(case))
+    if case.precision == "bf16":  # rounded once per rank: in later steps a choice may tip
+        return audits.observe(ranks, run, dtype=torch.bfloat16, num_steps=1, before=Before(case))
+    return audits.observe(ranks, run, num_steps=STEPS, before=Before(case))
 
 
 def check(cases: Sequence[Case], ranks: int, *, timeout: float = 250.0) -> None:
@@ -176,10 +177,19 @@ def check(cases: Sequence[Case], ranks: int, *, timeout: float = 250.0) -> None:
             plain = replace(run_of(case, ranks), parallel=ParallelConfig())
             references[key] = observed(case, ALONE, plain)
         want, seen = references[key], [of_rank[index] for of_rank in results]
-        if case.precision == "bf16":  # rounded once per rank; in later steps a choice may tip
-            for found in audits.compare(want[:1], [values[:1] for values in seen]):
-                assert found.scale == pytest.approx(1, abs=3e-2), f"{case}: {found}"
-                assert found.error < (1e-3 if "loss" in found.what else 8e-2), f"{case}: {found}"
+        if case.precision == "bf16":
+            findings = audits.compare(want, seen)
+            tipped = any(found.error for found in findings if found.what == "counts")
+            for found in findings:
+                if found.what == "counts":
+                    assert found.error < 0.1, f"{case}: {found}"
+                elif not tipped or "loss" in found.what:
+                    assert found.scale == pytest.approx(1, abs=3e-2), f"{case}: {found}"
+                    assert found.error < (1e-3 if "loss" in found.what else 8e-2), f"{case}: {found}"
+                elif found.what.startswith(
+                    "grad"
+                ):  # a token that chose another expert is beyond any rounding
+                    assert found.scale == pytest.approx(1, abs=5e-2), f"{case}: {found}"
         else:
             for found in audits.compare(want, seen):
                 assert found.error <= LIMIT, f"{case}: {found}"

@@ -96,6 +96,18 @@ def test_of_three_ranks_the_one_is_named() -> None:
     assert "waiting for rows from their experts of blocks.0.ffn: rank 1 is gone or stuck" in told
 
 
+def test_the_cause_is_told_beside_its_consequence() -> None:
+    def work() -> None:
+        if dist.get_rank() == 0:
+            raise RankGoneError("waiting for something: rank 1 is gone or stuck")
+        time.sleep(0.5)
+        raise KeyError("planted")
+
+    told = failure(work, 2)
+    assert told.startswith("rank 0 failed: ")
+    assert "KeyError: 'planted'" in told
+
+
 @pytest.mark.parametrize(("what", "waited"), [("sum", "a sum over ranks"), ("gather", "values of all ranks")])
 def test_agreement_without_a_rank(what: str, waited: str) -> None:
     def work() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from moesaic.parallel.ranks import ALONE
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train.audit import full
 
@@ -19,7 +18,7 @@ def run_code(code: str) -> tuple[dict[str, torch.Tensor], float]:
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     model, ranks = names["model"], names["ranks"]
-    weights = {name: full(tensor.detach(), ALONE).clone() for name, tensor in model.state_dict().items()}
+    weights = {name: full(tensor.detach(), ranks).clone() for name, tensor in model.state_dict().items()}
     return weights, ranks.sum(names["loss"]).item()
 
 
