@@ -114,7 +114,7 @@ def test_quotas_are_exact_and_the_total_is_optimal(
     check(scores, balanced_assignment(scores, backend=backend))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     T=st.integers(0, 60),
     E=st.integers(1, 12),
@@ -133,11 +133,11 @@ def test_any_shape(T: int, E: int, kind: str, seed: int, wide: bool) -> None:
     assert balanced_assignment(scores).equal(chosen)  # C++, where it is there
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_scores(data: st.DataObject) -> None:
     T, E = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
-    floats = st.floats(width=32)  # with infinities and NaN
+    floats = st.floats(width=32, allow_subnormal=False)  # with infinities and NaN
     scores = torch.tensor(
         data.draw(st.lists(st.lists(floats, min_size=E, max_size=E), min_size=T, max_size=T))
     )

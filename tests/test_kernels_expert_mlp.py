@@ -30,6 +30,7 @@ SHAPES = {
     "several tiles, uneven": (37, 100, 36, 3, 2),
 }
 """T, D, F, E, K."""
+SLOW = ("many experts", "many rows", "several tiles, uneven")
 
 
 @pytest.fixture(params=ENGINES)
@@ -141,7 +142,17 @@ def check(case: Case, kind: ExpertKind, dtype: torch.dtype, engine: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_a_loop(engine: str, shape: str, dtype: torch.dtype) -> None:
+    if engine == "triton" and shape in SLOW:
+        pytest.skip("takes the interpreter seconds: among the slow tests")
     check(make_case(SHAPES[shape], "swiglu", dtype), "swiglu", dtype, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SLOW)
+def test_the_interpreter_equals_a_loop_at_larger_shapes(shape: str) -> None:
+    if backends.triton_refusal(CPU):
+        pytest.skip(f"{backends.triton_refusal(CPU)}")
+    check(make_case(SHAPES[shape], "swiglu", torch.float32), "swiglu", torch.float32, "triton")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

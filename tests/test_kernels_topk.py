@@ -41,6 +41,8 @@ def test_values_and_gradients(size: str, score, normalize, backend, device: str,
     # the last bits of 16-bit logits are fewer than 256 experts
     if dtype in (torch.bfloat16, torch.float16) and num_experts > 64:
         pytest.skip("so many logits cannot be told apart")
+    if backend == "triton" and device == "cpu" and dtype != torch.float32:
+        pytest.skip("kernels compute in fp32 whatever comes; the interpreter takes its time")
     torch.manual_seed(0)
     logits = spread_logits(tokens, num_experts).to(dtype)
     bias = torch.linspace(-0.01, 0.013, num_experts, dtype=torch.float64)

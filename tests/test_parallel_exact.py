@@ -178,18 +178,15 @@ def check(cases: Sequence[Case], ranks: int, *, timeout: float = 250.0) -> None:
             references[key] = observed(case, ALONE, plain)
         want, seen = references[key], [of_rank[index] for of_rank in results]
         if case.precision == "bf16":
-            findings = audits.compare(want, seen)
-            tipped = any(found.error for found in findings if found.what == "counts")
-            for found in findings:
-                if found.what == "counts":
-                    assert found.error < 0.1, f"{case}: {found}"
-                elif not tipped or "loss" in found.what:
-                    assert found.scale == pytest.approx(1, abs=3e-2), f"{case}: {found}"
-                    assert found.error < (1e-3 if "loss" in found.what else 8e-2), f"{case}: {found}"
-                elif found.what.startswith(
-                    "grad"
-                ):  # a token that chose another expert is beyond any rounding
-                    assert found.scale == pytest.approx(1, abs=5e-2), f"{case}: {found}"
+            for found in audits.compare(want, seen):
+                if found.what == "after step ffn.router.bias":  # a sign: counts that differ by one turn it
+                    continue
+                assert found.scale == pytest.approx(1, abs=5e-2), f"{case}: {found}"
+                # rows that travel are rounded once more than rows that stay: between two experts that score alike a
+                # token may choose the other, and change what few tokens of theirs add up to beyond any rounding
+                chosen = "banks" in found.what or "router" in found.what
+                limit = 1e-3 if "loss" in found.what else 0.5 if chosen else 0.2
+                assert found.error < limit, f"{case}: {found}"
         else:
             for found in audits.compare(want, seen):
                 assert found.error <= LIMIT, f"{case}: {found}"

@@ -74,7 +74,10 @@ def column(found: list[dict[str, Any]], key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in found if key in record}
 
 
-LAYOUTS = [[], ["parallel.experts=owned", "parallel.max_rows=100", "parallel.rebalance=4"]]
+LAYOUTS = [
+    pytest.param([], marks=pytest.mark.slow),
+    ["parallel.experts=owned", "parallel.max_rows=100", "parallel.rebalance=4"],
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
