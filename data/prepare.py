@@ -32,6 +32,7 @@ from moesaic.data.shards import Replaced
 from moesaic.data.tokenizer import Tokenizer, expected_vocab, given_tokenizer, load_tokenizer, train_bpe
 from moesaic.data.tokens import build_tokens, list_tokens, open_tokens, tokens_tokenizer
 from moesaic.data.workers import Workers
+from moesaic.kernels.cache import cache_folder
 
 __all__ = ["Report", "cache_root", "in_eval", "prepare", "vocab_of"]
 
@@ -72,7 +73,7 @@ def cache_root(config: DataConfig) -> Path:
     """Folder of all prepared corpora."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
-    return Path(os.environ.get("MOESAIC_CACHE") or "~/.cache/moesaic").expanduser()
+    return cache_folder()
 
 
 def vocab_of(config: DataConfig) -> int:

@@ -68,7 +68,7 @@ def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
         return scores.new_zeros(tokens, dtype=torch.int64)
     if scores.dtype not in native.SERVED:
         scores = scores.float()
-    chosen = engine(backend, scores)  # type: ignore[arg-type]
+    chosen = engine(backend, scores)
     if chosen == "cpp":
         out = scores.new_empty(tokens, dtype=torch.int64)
         sizes = (tokens, experts, width, BITS, LEVELS, PER_LEVEL, ROUNDS)

@@ -21,19 +21,25 @@ class BackendError(ValueError):
     """A backend was asked for that cannot run here; the message says why and what can."""
 
 
-def engine(backend: Backend, *tensors: Tensor | None) -> Engine:
-    """The implementation that serves these tensors; None counts as absent. Raises BackendError."""
+def engine(backend: str, *tensors: Tensor | None) -> Engine:
+    """The implementation that serves these tensors; None counts as absent. Raises BackendError.
+
+    `backend` is a `Backend`, which the schema of a custom op knows as a string. `megablocks` has but the experts'
+    products, which check for themselves; all else is plain torch with it, whatever its type.
+    """
     given = next(tensor for tensor in tensors if tensor is not None)
     device = given.device
-    if backend != "auto":
+    if backend == "triton":
         check(backend, device, given.dtype)
-        return "triton" if backend == "triton" else "torch"
+        return "triton"
+    if backend != "auto":
+        return "torch"
     if device.type == "cuda":
         return "torch" if triton_refusal(device) else "triton"
     return "cpp" if native.serves(*tensors) else "torch"
 
 
-def check(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+def check(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise BackendError where a backend that was asked for cannot run."""
     reason = refusal(backend, device, dtype)
     if reason:
@@ -50,7 +56,7 @@ def triton_refusal(device: torch.device) -> str | None:
     return f"it needs a GPU, and the device is {device.type}"
 
 
-def refusal(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on a device in a compute type, or None where it can."""
     if backend == "triton":
         return triton_refusal(device)

@@ -4,7 +4,6 @@ The file makes a choice last: a run that is resumed on the same machine computes
 """
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,15 +14,15 @@ from typing import Any
 
 import torch
 
+from moesaic.kernels.cache import cache_folder
+
 ROUNDS = 3
-OutOfMemory = torch.OutOfMemoryError
 _chosen: dict[tuple[Path, str], str] = {}
 
 
 def choices_file() -> Path:
     """Where choices are kept: `$MOESAIC_CACHE/kernels/choices.json`."""
-    folder = Path(os.environ.get("MOESAIC_CACHE") or "~/.cache/moesaic").expanduser()
-    return folder / "kernels" / "choices.json"
+    return cache_folder() / "kernels" / "choices.json"
 
 
 def fastest(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
@@ -51,7 +50,7 @@ def _seconds(run: Callable[[], object]) -> float:
             began = time.perf_counter()
             run()
             _wait()
-        except OutOfMemory:
+        except torch.OutOfMemoryError:
             return float("inf")
         if turn:
             best = min(best, time.perf_counter() - began)

@@ -47,7 +47,7 @@ def gather_sums(
     weights: Float[Tensor, "T S"],
     *,
     dtype: torch.dtype,
-    backend: Backend,
+    backend: str,
 ) -> Float[Tensor, "T D"]:
     """The sums of `weighted_bag`, without autograd, in `dtype`."""
     total = accumulation_dtype(table.dtype)
@@ -74,7 +74,7 @@ def gather_dots(
     slots: Int[Tensor, "T S"],
     vectors: Float[Tensor, "T D"],
     *,
-    backend: Backend,
+    backend: str,
 ) -> Float[Tensor, "T S"]:
     """`table[slots[t, s]] . vectors[t]`, without autograd, in the type in which sums are formed."""
     vectors = vectors.to(torch.promote_types(vectors.dtype, table.dtype)).contiguous()
@@ -118,7 +118,7 @@ def check_slots(slots: Tensor, num_rows: int) -> None:
 @torch.library.custom_op("moesaic::weighted_bag", mutates_args=())
 def _weighted_bag(table: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
     check_slots(slots, table.shape[0])
-    return gather_sums(table, slots, weights, dtype=table.dtype, backend=backend)  # type: ignore[arg-type]
+    return gather_sums(table, slots, weights, dtype=table.dtype, backend=backend)
 
 
 @_weighted_bag.register_fake
@@ -128,7 +128,7 @@ def _(table: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("moesaic::weighted_bag_weights", mutates_args=())
 def _weights_gradient(grad: Tensor, table: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return gather_dots(table, slots, grad, backend=backend).to(dtype)  # type: ignore[arg-type]
+    return gather_dots(table, slots, grad, backend=backend).to(dtype)
 
 
 @_weights_gradient.register_fake

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.kernels import native
 from moesaic.kernels.activation import KINDS, ExpertKind, activation, activation_gradient
-from moesaic.kernels.backend import Backend, BackendError, engine, refusal
+from moesaic.kernels.backend import Backend, BackendError, check, engine, refusal
 from moesaic.kernels.choice import fastest, machine
 from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
@@ -80,6 +80,8 @@ def expert_rows(
 def _fastest(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, plan: Plan, kind: ExpertKind) -> Backend:
     """The backend that runs forward and backward fastest, of those that can; measured once per shape."""
     backends: tuple[Backend, ...] = ("triton", "torch", "megablocks")
+    if x.dtype == torch.float64:
+        return "torch"  # the only one that has it
     able = [name for name in backends if refusal(name, x.device, x.dtype) is None]
     rows = 1 << max(gates.shape[0] - 1, 0).bit_length()
     sizes = f"D {x.shape[1]} F {w2.shape[2]} E {w1.shape[0]} R {rows} {x.dtype}"
@@ -194,15 +196,15 @@ def _routes(
 
 def _engine(backend: str, *tensors: Tensor) -> Any:
     """The implementation: something with `forward` and `backward` as below."""
-    chosen = engine(backend, *tensors)  # type: ignore[arg-type]  # a custom op's arguments are plain strings
-    if chosen == "triton":
+    device, dtype = tensors[0].device, tensors[0].dtype
+    check(backend, device, dtype)
+    if backend == "triton" and dtype == torch.float64:
+        raise BackendError(f"kernels: triton has no experts of {dtype}; use 'auto' or 'torch'")
+    chosen = engine(backend, *tensors)
+    if chosen == "triton" and dtype != torch.float64:
         from moesaic.kernels.triton import expert_mlp as kernels  # triton is optional
 
-        dtype = tensors[0].dtype
-        if dtype in kernels.DTYPES:
-            return kernels
-        if backend == "triton":
-            raise BackendError(f"kernels: triton has no experts of {dtype}; use 'auto' or 'torch'")
+        return kernels
     if chosen == "cpp" or (chosen == "torch" and backend == "auto" and native.serves_bf16(*tensors)):
         return _Cpp if native.gemm(accumulation_dtype(tensors[0].dtype)) else _Torch
     return _Torch

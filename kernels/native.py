@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moesaic.kernels.cache import cache_folder
+
 SOURCES = Path(__file__).with_name("cpp")
 SUFFIX = {
     torch.float32: "f32",
@@ -139,7 +141,7 @@ def build() -> Path:
     sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())}
     identity = (sources, COMPILE, compiler, compiler.stat().st_mtime_ns, _processor())
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("MOESAIC_CACHE") or "~/.cache/moesaic").expanduser() / "kernels"
+    folder = cache_folder() / "kernels"
     target = folder / f"cpu-{digest}.so"
     if target.exists():
         return target

@@ -72,9 +72,9 @@ def _neuron_mix(
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the activation got: (T, S)."""
     check_slots(slots, u.shape[0])
-    before = gather_dots(u, slots, x, backend=backend)  # type: ignore[arg-type]  # a schema knows no Literal
+    before = gather_dots(u, slots, x, backend=backend)
     scales = _activate(before, activation) * weights
-    return gather_sums(v, slots, scales, dtype=x.dtype, backend=backend), before  # type: ignore[arg-type]
+    return gather_sums(v, slots, scales, dtype=x.dtype, backend=backend), before
 
 
 @_neuron_mix.register_fake
@@ -97,10 +97,10 @@ def _neuron_mix_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and weights; what the rows of u and those of v get of x and of `grad`: (T, S) each."""
-    dots = gather_dots(v, slots, grad, backend=backend)  # type: ignore[arg-type]
+    dots = gather_dots(v, slots, grad, backend=backend)
     after = _activate(before, activation)
     for_u = _activate_backward(dots * weights, before, activation).to(before.dtype)
-    grad_x = gather_sums(u, slots, for_u, dtype=grad.dtype, backend=backend)  # type: ignore[arg-type]
+    grad_x = gather_sums(u, slots, for_u, dtype=grad.dtype, backend=backend)
     return grad_x, (dots * after).to(weights.dtype), for_u, after * weights
 
 

@@ -7,7 +7,6 @@ Dims: T tokens, E experts, K experts per token, R assignments.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,7 +77,7 @@ def _plan(
 def _plan_now(
     experts: Tensor, tokens: Tensor | None, width: int, num_tokens: int, num_experts: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    runs = engine(cast(Backend, backend), experts, tokens)
+    runs = engine(backend, experts, tokens)
     if runs == "cpp":
         return _compiled(experts.contiguous(), tokens, width, num_tokens, num_experts)
     if runs == "triton":

@@ -27,7 +27,7 @@ def _row_sums(
     backend: str,
 ) -> list[Tensor]:
     ready = _prepare(sources, coefficients, dtype)
-    chosen = engine(backend, *ready[0])  # type: ignore[arg-type]  # a schema knows no Literal
+    chosen = engine(backend, *ready[0])
     order, keys = _sort(slots, num_rows, chosen)
     results = []
     for source, factors in ready:

@@ -9,7 +9,7 @@ Dims: T tokens, E experts, K experts per token, G groups.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,7 @@ def _choose_now(
 ) -> tuple[Tensor, Tensor, Tensor]:
     choice = Choice(k, sigmoid, after, groups, kept, scale)
     bias = bias.to(accumulation_dtype(logits.dtype))
-    runs = engine(cast(Backend, backend), logits, bias)
+    runs = engine(backend, logits, bias)
     if runs == "cpp":
         experts = torch.empty(logits.shape[0], k, dtype=torch.int64)
         weights, probabilities = logits.new_empty(experts.shape), logits.new_empty(logits.shape)
@@ -170,7 +170,7 @@ def _backward_now(
     given = (grad_weights, grad_probabilities, logits)
     *grads, logits = (tensor if tensor is None else tensor.contiguous() for tensor in given)
     saved = (logits, weights, probabilities, experts)
-    runs = engine(cast(Backend, backend), weights, probabilities, logits, *grads)
+    runs = engine(backend, weights, probabilities, logits, *grads)
     if runs == "cpp":
         grad_logits = torch.empty_like(probabilities)
         tensors = (*grads, *saved, grad_logits)

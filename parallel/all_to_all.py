@@ -8,7 +8,8 @@ Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E ex
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +80,8 @@ class AllToAll:
             ],
             x.device,
         )
-        where = torch.empty_like(places)  # of a row of the plan, among what is sent
-        where[places] = torch.arange(len(places), device=x.device)
-        where, tokens = where[plan.where], plan.tokens[places]
+        # `inverse`: of a row of the plan, its place among what is sent
+        where, tokens = inverse(places)[plan.where], plan.tokens[places]
         one_round = len(turns) == 1
         per_token, backend = plan.per_token, experts.backend
         sent = gather_rows(
@@ -117,7 +117,7 @@ class AllToAll:
     def plan(self, plan: Plan) -> list[Round]:
         """This rank's rounds, from everybody's counts. The host waits here, and nowhere else."""
         ranks = self.topology.ranks
-        with self._waiting():
+        with self.waiting():
             mine = plan.counts.repeat(ranks)
             gathered = torch.empty_like(mine)
             # from each rank to each: when one is gone, all notice
@@ -150,8 +150,9 @@ class AllToAll:
         arriving = there.start(sent)
         aside = None if meanwhile is None else meanwhile()
         arrived = there.finish(arriving)
-        out = experts.run(weights, _Reorder.apply(arrived, order), counts)
-        out = _Reorder.apply(out, inverse(order))
+        undone = inverse(order)
+        out = experts.run(weights, _Reorder.apply(arrived, order, undone), counts)
+        out = _Reorder.apply(out, undone, order)
         back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
         return back.finish(back.start(out)), aside
 
@@ -162,19 +163,14 @@ class AllToAll:
         if len(set(found)) > 1:
             raise PlanError(f"ranks planned differently for one layer: {found}; this is a bug in moesaic")
 
-    def _waiting(self) -> "_Clock":
-        return _Clock(self.traffic)
-
-
-class _Clock:
-    def __init__(self, traffic: Traffic) -> None:
-        self.traffic = traffic
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.traffic.seconds_waited += time.perf_counter() - self.began
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it, the host waits for others."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.traffic.seconds_waited += time.perf_counter() - began
 
 
 class Travel:
@@ -212,7 +208,7 @@ class Travel:
 
     def wait(self) -> None:
         assert self.work is not None
-        with self.dispatcher._waiting(), waiting_for(self.what_travels, self.dispatcher.group):
+        with self.dispatcher.waiting(), waiting_for(self.what_travels, self.dispatcher.group):
             self.work.wait()
         del self.work, self.rows
 
@@ -246,17 +242,17 @@ class _Arrive(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """`rows[order]` for a permutation: its gradient is another, so nothing is added up."""
+    """`rows[order]` for a permutation, given the one that undoes it: its gradient is that, so nothing is added up."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, rows: Tensor, order: Tensor, undone: Tensor) -> Tensor:
+        ctx.save_for_backward(undone)
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse(order)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (undone,) = ctx.saved_tensors
+        return grads[0].index_select(0, undone), None, None
 
 
 def inverse(order: Tensor) -> Tensor:

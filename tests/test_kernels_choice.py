@@ -83,3 +83,18 @@ def test_experts_are_measured_where_there_is_more_than_one_way(monkeypatch: pyte
     assert entry[1]["chosen"] == "torch"
     assert set(entry[1]["ms"]) == {"triton", "torch"}
     assert torch.equal(y, expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend="torch"))
+
+
+def test_float64_is_not_measured_where_one_backend_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_mlp, "MEASURED", ("cpu",))
+    x, gates = torch.randn(6, 16).double(), torch.rand(12).double()
+    w1, w2 = torch.randn(3, 2, 16, 16).double(), torch.randn(3, 16, 16).double()
+    plan = plan_choice(torch.randint(0, 3, (6, 2)), 3)
+    expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu")
+    assert not choice.choices_file().exists()
+
+
+def test_all_but_the_experts_products_runs_with_megablocks() -> None:
+    """It takes bf16 only, and no integers: a plan is none of its business."""
+    experts = torch.randint(0, 3, (6, 2))
+    assert torch.equal(plan_choice(experts, 3, backend="megablocks").order, plan_choice(experts, 3).order)
