@@ -24,7 +24,7 @@ from torch import Tensor
 from moesaic.kernels.expert_mlp import expert_rows
 from moesaic.moe import MoE, TopKRouter
 from moesaic.moe.routing import Routing
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.own import own_experts
 from moesaic.parallel.ranks import ranks_of
 from moesaic.parallel.shard import slot_tables
@@ -95,7 +95,7 @@ class Problem:
     def ours(self) -> Callable[[], Found]:
         D, F, E, K, T = self.shape
         layer = MoE(MoE.Config(num_experts=E, hidden=F, router=TopKRouter.Config(k=K)), D).to(self.dtype)
-        own_experts(layer, ParallelConfig(experts="owned"), ranks_of(ParallelConfig(), "cpu"))
+        own_experts(layer, ParallelConfig(experts=OwnedExperts()), ranks_of(ParallelConfig(), "cpu"))
         (held,) = slot_tables(layer)
         with torch.no_grad():
             held.master.copy_(torch.cat([self.w1.flatten(1), self.w2.flatten(1)], 1))

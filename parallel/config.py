@@ -8,6 +8,33 @@ LONGEST = 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardedExperts:
+    """Experts are matrices like others: every rank holds a part of each, and gathers them for every layer."""
+
+    kind: Literal["sharded"] = "sharded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedExperts:
+    """Each expert stays on one of the `dp_shard` ranks, and tokens travel (expert parallelism)."""
+
+    kind: Literal["owned"] = "owned"
+    max_rows: int | None = None
+    """Most rows that a rank takes in at once for its own experts; more come in several rounds, which cost a second
+    forward pass and bound the memory of a rank whose experts are popular. None: all at once."""
+    compare_plans: bool = False
+    """Have ranks compare where they would send tokens, at every layer; to find bugs."""
+    rebalance: int = 0
+    """Steps between moves of experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows: {self.max_rows} is not positive")
+        if self.rebalance < 0:
+            raise ValueError(f"rebalance: {self.rebalance} is negative; give a number of steps, or 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the mesh axes, outermost first, and per-block options."""
 
@@ -18,16 +45,8 @@ class ParallelConfig:
     dp_shard: int | None = None
     """Ranks that share one copy's weights, gradients and optimizer state (FSDP). None: all that there are, divided by
     `dp_replicate`."""
-    experts: Literal["sharded", "owned"] = "sharded"
-    """`sharded`: experts are matrices like others, gathered for every layer. `owned`: each expert stays on one of the
-    `dp_shard` ranks, and tokens travel (expert parallelism)."""
-    max_rows: int | None = None
-    """Most rows that a rank takes in at once for its own experts; more come in several rounds, which cost a second
-    forward pass and bound the memory of a rank whose experts are popular. None: all at once."""
-    compare_plans: bool = False
-    """Have ranks compare where they would send tokens, at every layer; to find bugs."""
-    rebalance: int = 0
-    """Steps between moves of owned experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
+    experts: ShardedExperts | OwnedExperts = ShardedExperts()
+    """Where experts live."""
     cp: int = 1
     """Parts of one sequence."""
     tp: int = 1
@@ -46,18 +65,11 @@ class ParallelConfig:
                 raise ValueError(f"{axis}: {size} is not positive")
         if not 0 < self.timeout < LONGEST:
             raise ValueError(f"timeout: {self.timeout} is not between 0 and {LONGEST:.0e} seconds")
-        if self.max_rows is not None:
-            if self.max_rows < 1:
-                raise ValueError(f"max_rows: {self.max_rows} is not positive")
-            if self.experts != "owned":
-                raise ValueError(f"max_rows: {self.max_rows} needs experts: owned; without it no rows travel")
 
-        if self.rebalance < 0:
-            raise ValueError(f"rebalance: {self.rebalance} is negative; give a number of steps, or 0")
-        if self.rebalance and self.experts != "owned":
-            raise ValueError(
-                f"rebalance: {self.rebalance} needs experts: owned; without it experts have no owner"
-            )
+    @property
+    def owned(self) -> OwnedExperts | None:
+        """How experts are owned; None where they are sharded."""
+        return self.experts if isinstance(self.experts, OwnedExperts) else None
 
     def shards(self, world_size: int) -> int:
         """Ranks that share one copy."""

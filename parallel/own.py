@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic.moe.experts import Bank
 from moesaic.moe.layer import MoE
 from moesaic.parallel.all_to_all import AllToAll
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
 from moesaic.parallel.ranks import Ranks, limit_waits
 from moesaic.parallel.slots import Slots, TableSource, take_banks
@@ -24,6 +24,7 @@ def own_experts(
     Values are to be initialised or loaded afterwards.
     """
     assert ranks.mesh is not None
+    owned = config.owned or OwnedExperts()
     banks = [module for module in model.modules() if isinstance(module, Bank)]
     # groups of their own: rows must not queue behind the gathering of other weights
     mesh = init_device_mesh(
@@ -46,8 +47,8 @@ def own_experts(
             group,
             owners.owners[source.name],
             topology,
-            max_rows=config.max_rows,
-            compare_plans=config.compare_plans,
+            max_rows=owned.max_rows,
+            compare_plans=owned.compare_plans,
             name=path or "a layer",
         )
 

@@ -46,7 +46,7 @@ def parallelize(
         for unit in units:
             compile_regions(unit)
     if ranks is not None and ranks.mesh is not None:
-        if config.experts == "owned":
+        if config.owned is not None:
             own_experts(model, config, ranks)
         shard(model, units, ranks, dtype)
     return model

@@ -16,7 +16,7 @@ from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.checkpoint import load, read_tensors, save
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.placement import OwnerMap
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
@@ -56,7 +56,7 @@ def blank(layout: Layout | None) -> tuple[dict[str, Tensor], Ranks]:
     if layout is None:
         model, ranks = Transformer(CONFIG, 13), ALONE
     else:
-        config = ParallelConfig(experts="owned", dp_replicate=layout.copies)
+        config = ParallelConfig(experts=OwnedExperts(), dp_replicate=layout.copies)
         ranks = ranks_of(config, "cpu")
         with torch.device("meta"):
             model = Transformer(CONFIG, 13)

@@ -14,7 +14,7 @@ import torch
 from moesaic.launch.config import read_run
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.placement import OwnerMap
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.reshard import reshard
@@ -112,12 +112,10 @@ def run_of(case: Case, ranks: int) -> RunConfig:
     sizes = {"batch_tokens": case.micro * rows * audits.SEQ_LEN, "micro_batch_tokens": rows * audits.SEQ_LEN}
     train = replace(run.train, **sizes)
     layout = ParallelConfig(
-        experts="owned",
+        experts=OwnedExperts(max_rows=case.max_rows, compare_plans=True),
         dp_replicate=case.dp_replicate(ranks),
         recompute=case.recompute,  # type: ignore[arg-type]
-        max_rows=case.max_rows,
         compile=case.compile,
-        compare_plans=True,
     )
     return replace(run, model=model, train=train, parallel=layout)
 

@@ -12,7 +12,7 @@ from moesaic.models.names import logical_tensors
 from moesaic.moe.layer import MoE
 from moesaic.moe.routing import RouterInput, Routing
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.own import own_experts
 from moesaic.parallel.placement import OwnerMap
 from moesaic.parallel.ranks import Ranks, ranks_of
@@ -116,7 +116,7 @@ def place(layer: MoE, case: Case, owners: tuple[int, ...]) -> Ranks:
     """Own the layer's experts, with the values that they had."""
     ranks = ranks_of(ParallelConfig(), "cpu")
     values = {name: tensor.detach().clone() for name, tensor in logical_tensors(layer).items()}
-    config = ParallelConfig(experts="owned", max_rows=case.max_rows, compare_plans=True)
+    config = ParallelConfig(experts=OwnedExperts(max_rows=case.max_rows, compare_plans=True))
     own_experts(layer, config, ranks, OwnerMap(case.ranks, {"experts": owners}))
     with torch.no_grad():
         for table in slot_tables(layer):
@@ -184,7 +184,7 @@ def test_the_host_waits_once_per_layer() -> None:
     try:
         ranks = ranks_of(ParallelConfig(), "cuda")
         layer = MoE(MoE.Config(num_experts=4, hidden=32, router=TopKRouter.Config(k=2)), 32).cuda()
-        own_experts(layer, ParallelConfig(experts="owned"), ranks)
+        own_experts(layer, ParallelConfig(experts=OwnedExperts()), ranks)
         torch.nn.init.normal_(slot_tables(layer)[0].master)
         x = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 

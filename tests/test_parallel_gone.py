@@ -16,7 +16,7 @@ from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel import all_to_all
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import RankGoneError, Ranks, joined, ranks_of
 from moesaic.parallel.shard import window
@@ -24,7 +24,7 @@ from moesaic.parallel.spawn import RankFailedError, run_ranks
 
 FFN = MoE.Config(num_experts=3, hidden=8, router=TopKRouter.Config(k=2))
 CONFIG = Transformer.Config(dim=12, layers=2, heads=2, ffn=FFN)
-OWNED = ParallelConfig(experts="owned", timeout=3.0)
+OWNED = ParallelConfig(experts=OwnedExperts(), timeout=3.0)
 
 
 def strike(number: int, how: signal.Signals) -> None:

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Routing
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.own import own_experts
 from moesaic.parallel.placement import OwnerMap
 from moesaic.parallel.ranks import ALONE, ranks_of
@@ -28,7 +28,7 @@ def measure(max_rows: int | None, passes: str) -> StepTraffic:
     """One pass of a layer on this rank of two."""
     config = MoE.Config(num_experts=len(OWNERS), hidden=HIDDEN, router=TopKRouter.Config(k=2))
     layer, ranks = MoE(config, DIM).double(), ranks_of(ParallelConfig(), "cpu")
-    layout = ParallelConfig(experts="owned", max_rows=max_rows)
+    layout = ParallelConfig(experts=OwnedExperts(max_rows=max_rows))
     own_experts(layer, layout, ranks, OwnerMap(2, {"experts": OWNERS}))
     for table in slot_tables(layer):
         torch.nn.init.ones_(table.master)

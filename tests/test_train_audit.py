@@ -202,7 +202,7 @@ def test_a_stale_buffer_on_one_rank_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 def owned(*overrides: str, ranks: int = 2) -> dict[str, float]:
     """What fails of a run with owned experts."""
-    return failed(run_audit("parallel.experts=owned", *overrides, ranks=ranks))
+    return failed(run_audit("parallel.experts.kind=owned", *overrides, ranks=ranks))
 
 
 def test_owned_experts_pass() -> None:
@@ -253,7 +253,7 @@ def test_optimizer_state_left_behind_by_its_experts_is_caught(monkeypatch: pytes
             new = {bank: owners[::-1] for bank, owners in even_owners(experts, 2).owners.items()}
             reshard(trainee.model, trainee.optimizer if with_state else None, OwnerMap(2, new))
 
-    run = audits.shrunken(read_run("debug", [*SETTINGS, "parallel.experts=owned"], world_size=None), 2)
+    run = audits.shrunken(read_run("debug", [*SETTINGS, "parallel.experts.kind=owned"], world_size=None), 2)
     reference = audits.observe(ALONE, replace(run, parallel=ParallelConfig()))
     for with_state in (True, False):
         before = partial(reversed_owners, with_state=with_state)
@@ -284,7 +284,7 @@ def test_gates_that_see_no_travelled_rows_are_caught(monkeypatch: pytest.MonkeyP
         return true(rows, gates.detach(), *args, **named)
 
     monkeypatch.setattr(all_to_all, "combine_rows", cut)
-    first = run_audit("parallel.experts=owned")
+    first = run_audit("parallel.experts.kind=owned")
     assert {finding.what for finding in first.findings if finding.step == 0 and not finding.passed} >= {
         "grad ffn.router.gate",
         "gradient norm",

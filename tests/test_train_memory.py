@@ -35,7 +35,7 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_weights_of_a_rank_of_a_large_model(
     name: str, experts: str, pretended: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = read_run(name, [f"parallel.experts={experts}"], world_size=pretended)
+    run = read_run(name, [f"parallel.experts.kind={experts}"], world_size=pretended)
     vocab = vocab_of(run.data)
     monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)  # tracing so many layers takes seconds
     monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
@@ -67,7 +67,7 @@ def test_bytes_of_a_rank(name: str, pretended: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("pretended", [8], indirect=True)
 def test_muon_keeps_one_tensor_per_matrix(pretended: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [*SIZES, "parallel.experts=owned", "optim={kind: muon, lr: 5e-3}"]
+    settings = [*SIZES, "parallel.experts.kind=owned", "optim={kind: muon, lr: 5e-3}"]
     run = read_run("quickstart", settings, world_size=pretended)
     monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)
     monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers

@@ -256,7 +256,7 @@ def test_shared_experts_and_attention_are_not_muons() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_audit_passes_where_experts_have_owners(ranks: int) -> None:
-    settings = [SETTING, "optim.ns_dtype=bf16", "parallel.experts=owned", "parallel.rebalance=9"]
+    settings = [SETTING, "optim.ns_dtype=bf16", "parallel.experts.kind=owned", "parallel.experts.rebalance=9"]
     settings += ["train.micro_batch_tokens=256"]
     found = audit(read_run("debug", settings, world_size=None), ranks=ranks)
     assert [finding for finding in found.findings if not finding.passed] == []

@@ -76,7 +76,7 @@ def column(found: list[dict[str, Any]], key: str) -> dict[int, float]:
 
 LAYOUTS = [
     pytest.param([], marks=pytest.mark.slow),
-    ["parallel.experts=owned", "parallel.max_rows=100", "parallel.rebalance=4"],
+    ["parallel.experts.kind=owned", "parallel.experts.max_rows=100", "parallel.experts.rebalance=4"],
 ]
 
 
@@ -111,7 +111,11 @@ def test_a_run_whose_experts_move_resumes_bit_for_bit(
 ) -> None:
     """Owners, and the rows counted since they were last looked at, come back with the checkpoint."""
     run = tiny(
-        tmp_path, "parallel.experts=owned", "parallel.rebalance=4", "train.steps=12", "eval.prompts=[]"
+        tmp_path,
+        "parallel.experts.kind=owned",
+        "parallel.experts.rebalance=4",
+        "train.steps=12",
+        "eval.prompts=[]",
     )
     whole = train(replace(run, name="whole"), 2)
     moved = column(whole, "owners/moved")
@@ -172,7 +176,7 @@ class Travelled(TorchDispatchMode):
 
 
 def test_ranks_that_own_experts_tell_what_travelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ("parallel.experts=owned", "parallel.recompute=block", "train.steps=6", "log.every=2")
+    settings = ("parallel.experts.kind=owned", "parallel.recompute=block", "train.steps=6", "log.every=2")
     run = tiny(tmp_path, *settings, "eval={every: 3, tokens: 700, prompts: ['file'], sample_tokens: 8}")
     true = Loop.step
 
@@ -231,13 +235,13 @@ def test_layouts_in_words(tmp_path: Path) -> None:
     def words(ranks: int, *settings: str) -> str:
         return layout_in_words(tiny(tmp_path, *settings), Ranks(size=ranks))
 
-    owned = "parallel.experts=owned"
+    owned = "parallel.experts.kind=owned"
     assert words(1, owned) == "1 process"
     assert words(2) == "2 processes: dp_replicate 1 x dp_shard 2"
     assert words(2, owned, "model.ffn={kind: dense, hidden: 8}") == words(2)
     assert words(2, owned) == words(2) + ", experts owned (4 each)"
     assert words(3, owned).endswith(" x dp_shard 3, experts owned (2 to 3 each)")
-    assert words(4, owned, "parallel.dp_replicate=2", "parallel.max_rows=1000") == (
+    assert words(4, owned, "parallel.dp_replicate=2", "parallel.experts.max_rows=1000") == (
         "4 processes: dp_replicate 2 x dp_shard 2, experts owned (4 each) in rounds of up to 1,000 rows"
     )
 
@@ -298,7 +302,7 @@ def test_a_nan_on_one_rank_stops_all_with_its_rank(
 
 
 def test_the_gradient_of_owned_experts_is_searched_for_nan(tmp_path: Path) -> None:
-    run = tiny(tmp_path, "parallel.experts=owned")
+    run = tiny(tmp_path, "parallel.experts.kind=owned")
 
     def work() -> list[str | None]:
         ranks = ranks_of(run.parallel, "cpu")
@@ -323,7 +327,7 @@ def test_ranks_that_differ_in_the_last_bit_write_one_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise one could end its text while another waits for it in a layer."""
-    run = tiny(tmp_path, "parallel.experts=owned")
+    run = tiny(tmp_path, "parallel.experts.kind=owned")
     monkeypatch.setattr(generation, "sample", lambda *_, **__: 1 - dist.get_rank())  # 0 ends the text
 
     def work() -> str:
@@ -359,7 +363,7 @@ def test_twenty_steps_in_float64_over_changing_ranks(tmp_path: Path, layout: lis
         model = build_model_wide(run, device, ranks, VOCAB)
         compute = Compute(device.device, device.dtype, seed=run.seed)
         optimizer = build_optimizer(model, run.optim)
-        rules = rules_of(model, optimizer, rebalance=run.parallel.rebalance)
+        rules = rules_of(model, optimizer, owned=run.parallel.owned)
         trainee = Trainee(model, optimizer, rules, compute, ranks)
         checkpoints = Checkpoints(tmp_path / "wide", CheckpointConfig(), say=print)
         meta = checkpoints.restore(trainee.tensors()) if first else None

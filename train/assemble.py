@@ -48,7 +48,7 @@ def build_trainee(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALO
     """A fresh model on its device, or this rank's part of it, with its optimizer and rules."""
     model = build_model(run, vocab, device, ranks)
     optimizer = build_optimizer(model, run.optim)
-    rules = rules_of(model, optimizer, rebalance=run.parallel.rebalance)
+    rules = rules_of(model, optimizer, owned=run.parallel.owned)
     return Trainee(model, optimizer, rules, compute_of(run, device), ranks)
 
 

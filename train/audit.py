@@ -98,9 +98,10 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
     else:
         seen = run_ranks(lambda: observe(ranks_of(layout, "cpu"), small), ranks, timeout=timeout)
     words = [f"dp_replicate {layout.dp_replicate} x dp_shard {layout.shards(ranks)}"]
-    if layout.experts == "owned":
-        words += ["owned experts" + (f" in rounds of {layout.max_rows} rows" if layout.max_rows else "")]
-        words += ["that move"] if layout.rebalance else []
+    if layout.owned is not None:
+        most = layout.owned.max_rows
+        words += ["owned experts" + (f" in rounds of {most} rows" if most else "")]
+        words += ["that move"] if layout.owned.rebalance else []
     words += [f"{small.train.micro_batches} micro-batches"]
     words += [
         name for name, on in (("recompute", layout.recompute != "none"), ("compile", layout.compile)) if on
@@ -133,7 +134,10 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
         micro_batch_tokens=rows * SEQ_LEN // micro,
     )
     data = replace(run.data, seq_len=SEQ_LEN)
-    parallel = replace(run.parallel, rebalance=min(run.parallel.rebalance, 1))  # few steps: at each of them
+    parallel = run.parallel
+    if parallel.owned is not None:  # few steps: experts move at each of them
+        owned = replace(parallel.owned, rebalance=min(parallel.owned.rebalance, 1))
+        parallel = replace(parallel, experts=owned)
     optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
     return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
 
@@ -201,7 +205,7 @@ def observe(
     trainee = Trainee(
         model,
         optimizer,
-        rules_of(model, optimizer, rebalance=run.parallel.rebalance),
+        rules_of(model, optimizer, owned=run.parallel.owned),
         steps.Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents),
         ranks,
     )

@@ -162,10 +162,10 @@ class RunConfig:
         """Raise ValueError where the layout, or the optimizer in it, cannot run on so many processes."""
         self.parallel.check(world_size)
         shards = self.parallel.shards(world_size)
-        if isinstance(self.optim, MuonConfig) and self.parallel.experts == "sharded" and shards > 1:
+        if isinstance(self.optim, MuonConfig) and self.parallel.owned is None and shards > 1:
             raise ValueError(
-                f"optim.kind: muon needs whole matrices, and parallel.experts: sharded cuts them over {shards} ranks; "
-                "use parallel.experts=owned, or optim.kind=adamw"
+                f"optim.kind: muon needs whole matrices, and parallel.experts.kind: sharded cuts them over {shards} "
+                "ranks; use parallel.experts.kind=owned, or optim.kind=adamw"
             )
 
 

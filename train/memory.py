@@ -37,7 +37,7 @@ def estimate(
     shards = run.parallel.shards(ranks)
     whole = {id(parameter) for parameter in replicated_parameters(model)}
     owned = (
-        {id(p) for p in bank_parameters(model)} if run.parallel.experts == "owned" and shards > 1 else set()
+        {id(p) for p in bank_parameters(model)} if run.parallel.owned is not None and shards > 1 else set()
     )
 
     def share(tensor: Tensor) -> int:

@@ -145,8 +145,8 @@ class MuonConfig(OptimConfig):
 
     Muon needs whole matrices. An expert that has an owner lies on one rank; matrices of attention, dense layers and
     shared experts are cut over the ranks, and those of the embedding, the head and routers want AdamW in any case. So
-    over several ranks experts must have owners (`parallel.experts: owned`). A group rule for `banks.*` gives Muon's
-    matrices another learning rate.
+    over several ranks experts must have owners (`parallel.experts.kind: owned`). A group rule for `banks.*` gives
+    Muon's matrices another learning rate.
     """
 
     kind: Literal["muon"] = "muon"
@@ -189,7 +189,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         if rates.setdefault(parameter, found) != found:
             raise ValueError(
                 f"optim.groups: {named[parameter]} and {name} get different rates, but lie in one table with "
-                "`parallel.experts: owned`; give the same to all banks whose experts have one shape"
+                "`parallel.experts.kind: owned`; give the same to all banks whose experts have one shape"
             )
         named.setdefault(parameter, name)
     if unused:

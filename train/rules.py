@@ -15,6 +15,7 @@ from torch import Tensor
 from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import balanced_bias
+from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.slots import TableSource, slots_of
@@ -127,18 +128,18 @@ class Rebalance:
 
 
 def rules_of(
-    model: Transformer, optimizer: torch.optim.Optimizer | None = None, *, rebalance: int = 0
+    model: Transformer, optimizer: torch.optim.Optimizer | None = None, *, owned: OwnedExperts | None = None
 ) -> list[Rule]:
     """The rules that the configuration asks for: the model's, and with an optimizer those that move its state.
 
-    `rebalance`: see `ParallelConfig`; nothing moves where experts have no owners.
+    `owned` says how experts are owned; where the model's have no owners, nothing moves.
     """
     sparse = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     rules: list[Rule] = []
     if any(ffn.router.config.bias_rate > 0 for ffn in sparse):
         rules.append(balance_bias)
-    if rebalance and optimizer is not None and slots_of(model) is not None:
-        rules.append(Rebalance(rebalance, optimizer))
+    if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
+        rules.append(Rebalance(owned.rebalance, optimizer))
     return rules
 
 

@@ -31,10 +31,11 @@ def layout_in_words(run: RunConfig, ranks: Ranks) -> str:
         for layer, ffn in enumerate(run.model.ffns())
         if isinstance(ffn, MoE.Config)
     }
-    if run.parallel.experts != "owned" or not banks:
+    owned = run.parallel.owned
+    if owned is None or not banks:
         return words
     owners = even_owners(banks, shards)
     each = {len(owners.experts(bank, rank)) for bank in banks for rank in range(shards)}
     words += f", experts owned ({min(each)}{f' to {max(each)}' if len(each) > 1 else ''} each)"
-    most = run.parallel.max_rows
+    most = owned.max_rows
     return words if most is None else f"{words} in rounds of up to {most:,} rows"
