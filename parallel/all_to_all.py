@@ -1,8 +1,8 @@
-"""Expert parallelism: tokens travel to the ranks that have their experts, and the experts' outputs travel back.
+"""Experts across ranks: tokens travel to where their experts are, owners or copies, and the experts' outputs back.
 
 A layer exchanges counts first, the one moment at which the host waits; every rank then finds the same plan, and rows
 travel in one round, or in several where a rank would receive more than it has room for. What arrives is sorted by
-expert, and of an expert by source, so results do not depend on timing.
+expert, and of an expert by source, so results do not depend on timing. Copies of experts travel ahead (`banks`).
 
 Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E experts, M experts that are here, D width.
 """
@@ -23,12 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.kernels.combine import combine_rows, gather_rows
 from moesaic.moe.experts import Experts, Weights
 from moesaic.moe.routing import Plan
-from moesaic.parallel.placement import Round, Topology, digest, no_copies, rounds, token_plan
+from moesaic.parallel.banks import BackwardBegins, BackwardNeeds, Gather, Materialized, OwnedBank
+from moesaic.parallel.collectives import Wanted
+from moesaic.parallel.placement import Present, Round, Topology, digest, rounds, token_plan
+from moesaic.parallel.plans import PlanError, check_plan
 from moesaic.parallel.ranks import waiting_for
-
-
-class PlanError(RuntimeError):
-    """Ranks found different plans from what must be the same numbers."""
 
 
 @dataclass
@@ -37,6 +36,10 @@ class Traffic:
 
     rows: int = 0
     """Rows that came to this rank's experts, its own included; each once, also where its layer is computed again."""
+    rows_alone: int = 0
+    """Rows that would have come, had there been no copies."""
+    copies: int = 0
+    """Experts of others that were here for a forward pass."""
     bytes_tokens: int = 0
     """Rows and their gradients, to other ranks; what is computed again is sent again."""
     bytes_counts: int = 0
@@ -52,15 +55,19 @@ class AllToAll:
 
     group: dist.ProcessGroup
     """Those who share the experts; only rows travel in it, and between steps experts that move."""
-    owners: tuple[int, ...]
-    """The owner of each of the layer's experts, by its rank in the group."""
+    bank: OwnedBank
+    """The layer's experts."""
     topology: Topology
     max_rows: int | None = None
     """Most rows that a rank receives at once. More come in several rounds, which backward computes again."""
     compare_plans: bool = False
     """Have all ranks compare what they planned, at every layer."""
+    recomputed: bool = False
+    """Whether the layer is computed again for its backward pass."""
     name: str = "a layer"
     """In errors."""
+    coming: Gather | None = None
+    """Copies that were sent for before the layer began."""
     traffic: Traffic = field(default_factory=Traffic)
 
     def run(
@@ -71,7 +78,9 @@ class AllToAll:
         experts: Experts,
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T D"]:
-        turns = self.plan(plan)
+        coming = self.coming or self.bank.gather(x.dtype)
+        self.coming = None
+        here, turns = self.plan(plan)
         places, *indices = uploaded(
             [
                 np.concatenate([turn.taken.places() for turn in turns]),
@@ -87,18 +96,20 @@ class AllToAll:
         sent = gather_rows(
             x, tokens, where, plan.offsets, per_token=per_token, backend=backend
         )  # (R, D), in order of rounds
-        weights = experts.source.weights(x.dtype)
+        use = Materialized(self.bank, x.dtype, here, coming)
+        weights = use.weights()
         came_back, aside = [], None
         parts = sent.split([int(turn.send.sum()) for turn in turns])
         for number, (turn, part) in enumerate(zip(turns, parts, strict=True)):
             order, counts = indices[number], indices[len(turns) + number]
             meanwhile = (lambda: shared(x)) if shared is not None and number == 0 else None
             if one_round or not torch.is_grad_enabled():
-                rows, aside_now = self._round(part, weights, turn, order, counts, experts, meanwhile)
+                rows, aside_now = self._round(part, use, weights, turn, order, counts, experts, meanwhile)
             else:
                 rows, aside_now = checkpoint(  # type: ignore[misc]
                     self._round,
                     part,
+                    use,
                     weights,
                     turn,
                     order,
@@ -112,10 +123,21 @@ class AllToAll:
             aside = aside_now if aside_now is not None else aside
         back = came_back[0] if one_round else torch.cat(came_back)
         y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token, backend=backend)
+        y = self._after(y, use)
         return y if aside is None else y + aside
 
-    def plan(self, plan: Plan) -> list[Round]:
-        """This rank's rounds, from everybody's counts. The host waits here, and nowhere else."""
+    def prefetch(self, dtype: torch.dtype, wanted: Wanted | None = None) -> None:
+        """Send for copies now, for when the layer is computed next. None: the plan's."""
+        if self.coming is None or not self.coming.serves(dtype):
+            if self.coming is not None:
+                self.coming.finish()
+            self.coming = self.bank.gather(dtype, wanted)
+
+    def plan(self, plan: Plan) -> tuple[Present, list[Round]]:
+        """Which experts each rank needs, and this rank's rounds, from everybody's counts.
+
+        The host waits here, and nowhere else. A copy that no row goes to is not needed.
+        """
         ranks = self.topology.ranks
         with self.waiting():
             mine = plan.counts.repeat(ranks)
@@ -125,19 +147,28 @@ class AllToAll:
                 dist.all_to_all_single(gathered, mine, group=self.group)
             counts = gathered.view(ranks, -1).cpu().numpy()
         self.traffic.bytes_counts += (ranks - 1) * plan.counts.nbytes
-        present = no_copies(self.owners, ranks)
+        present, bank = self.bank.present, self.bank
+        if bank.planner is not None and bank.planner.exact:
+            wider = present | bank.planner.plan(bank.history, counts, bank.owners, self.topology)
+            check_plan(wider, bank.owners, self.topology, bank.name)
+            present = wider
         tokens = token_plan(counts, present, self.topology)
+        here = bank.alone | (tokens.sum(0).T > 0)
         if self.compare_plans:
             self._compare(digest(counts, present, tokens))
         rank = dist.get_rank(self.group)
-        found = rounds(tokens, present, rank, self.max_rows)
         if torch._C._current_graph_task_id() == -1:  # else a backward pass is computing the layer again
             self.traffic.rows += int(tokens[:, :, rank].sum())
-        return found
+            self.traffic.rows_alone += int(counts[:, bank.alone[rank]].sum())
+            self.traffic.copies += int((here & ~bank.alone)[rank].sum())
+            if torch.is_grad_enabled():
+                bank.loads += counts
+        return here, rounds(tokens, here, rank, self.max_rows)
 
     def _round(
         self,
         sent: Tensor,
+        use: Materialized,
         weights: Weights,
         turn: Round,
         order: Tensor,
@@ -149,12 +180,33 @@ class AllToAll:
         there = Travel(self, "rows to their experts", turn.send.tolist(), turn.receive.tolist())
         arriving = there.start(sent)
         aside = None if meanwhile is None else meanwhile()
+        use.fill()
         arrived = there.finish(arriving)
         undone = inverse(order)
         out = experts.run(weights, _Reorder.apply(arrived, order, undone), counts)
+        if self._rematerializes:
+            out = BackwardNeeds.apply(out, use)
         out = _Reorder.apply(out, undone, order)
         back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
         return back.finish(back.start(out)), aside
+
+    @property
+    def _rematerializes(self) -> bool:
+        return self.bank.copying.rematerialize and torch.is_grad_enabled() and not self.recomputed
+
+    def _after(self, y: Tensor, use: Materialized) -> Tensor:
+        """The layer's output, once its forward pass needs no matrices any more."""
+        if self._rematerializes:
+            use.release()
+        else:
+            use.forget()
+        again = torch._C._current_graph_task_id() != -1  # a backward pass is computing the layer again
+        if again or not (self._rematerializes or (self.recomputed and torch.is_grad_enabled())):
+            return y
+        if self.recomputed:
+            use.again = lambda: self.prefetch(use.dtype, use.wanted)
+        self.bank.copying.order.append(use)
+        return BackwardBegins.apply(y, use)  # type: ignore[no-any-return]
 
     def _compare(self, mine: int) -> None:
         found: list[Any] = [None] * self.topology.ranks

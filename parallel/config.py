@@ -1,7 +1,9 @@
 """How a run is laid out over ranks, and which parts of the model are recomputed or compiled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from moesaic.parallel.plans import ExpertParallel, PlanConfig
 
 LONGEST = 1e8
 """Seconds, three years: more than any run, and what clocks can add."""
@@ -26,12 +28,28 @@ class OwnedExperts:
     """Have ranks compare where they would send tokens, at every layer; to find bugs."""
     rebalance: int = 0
     """Steps between moves of experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
+    plan: PlanConfig = field(default_factory=ExpertParallel)
+    """Which ranks get copies of which experts, for a step (FSSDP, arXiv:2502.02581)."""
+    rematerialize: bool = False
+    """Free experts' matrices between a layer's forward and backward pass, and bring copies once more: least memory."""
+    prefetch: int = 1
+    """Blocks ahead for which copies are sent; 0: not before a layer needs them."""
+    accumulate: Literal["each", "last"] = "each"
+    """When gradients of copies travel: with `each` micro-batch, or with the `last` of a step, which keeps them, and
+    without `rematerialize` the copies too, until then."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients of copies are rounded to on their way; fp32: not at all."""
+    levels: Literal["one", "two"] = "one"
+    """How copies and their gradients travel between nodes: from rank to rank, or once per node, in slices over its
+    ranks."""
 
     def __post_init__(self) -> None:
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows: {self.max_rows} is not positive")
         if self.rebalance < 0:
             raise ValueError(f"rebalance: {self.rebalance} is negative; give a number of steps, or 0")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch: {self.prefetch} is negative; give a number of blocks, or 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,20 @@
 import os
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moesaic.moe.experts import Bank
 from moesaic.moe.layer import MoE
 from moesaic.parallel.all_to_all import AllToAll
+from moesaic.parallel.banks import Copying, OwnedBank
+from moesaic.parallel.collectives import Flat
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
 from moesaic.parallel.ranks import Ranks, limit_waits
-from moesaic.parallel.slots import Slots, TableSource, take_banks
+from moesaic.parallel.slots import Slots, take_banks
 
 
 def own_experts(
@@ -36,21 +40,61 @@ def own_experts(
     owners = owners or even_owners({bank.name: bank.num_experts for bank in banks}, size)
     chosen = owners
     tables = take_banks(banks, lambda bank: chosen.experts(bank, rank))
-    model.slots = Slots(tables, owners, group)
-    sources = {bank: TableSource(table, bank) for table in tables for bank in table.owned}
     topology = Topology(size, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    copying = copying_of(owned, mesh, config)
+    named = {
+        bank: OwnedBank(bank, table, owners.owners[bank], rank, size, copying)
+        for table in tables
+        for bank in table.owned
+    }
+    model.slots = Slots(tables, [named[bank.name] for bank in banks], owners, group, copying)
     for path, layer in layers_of(model):
         source = layer.experts.source
         assert isinstance(source, Bank)
-        layer.experts.source = sources[source.name]
+        layer.experts.source = named[source.name]
         layer.dispatcher = AllToAll(
             group,
-            owners.owners[source.name],
+            named[source.name],
             topology,
             max_rows=owned.max_rows,
             compare_plans=owned.compare_plans,
+            recomputed=config.recompute != "none",
             name=path or "a layer",
         )
+
+
+def copying_of(owned: OwnedExperts, mesh: DeviceMesh, config: ParallelConfig) -> Copying:
+    """How copies travel, in groups of their own; collective over all ranks."""
+    copies, gradients = (
+        [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("copies")] for _ in range(2)
+    )
+    assert isinstance(copies, dist.ProcessGroup)
+    assert isinstance(gradients, dist.ProcessGroup)
+    limit_waits([copies, gradients], config)
+    return Copying(
+        Flat(copies),
+        Flat(gradients),
+        rematerialize=owned.rematerialize,
+        accumulate=owned.accumulate,
+        wire=torch.bfloat16 if owned.gradients == "bf16" else None,
+        prefetch=owned.prefetch,
+    )
+
+
+def prefetch_copies(units: Sequence[nn.Module], depth: int, dtype: torch.dtype) -> None:
+    """Send for copies when a unit's forward pass begins: for its own layers, and for those of the `depth - 1` next."""
+    dispatchers = [
+        [layer.dispatcher for _, layer in layers_of(unit) if isinstance(layer.dispatcher, AllToAll)]
+        for unit in units
+    ]
+
+    def before(number: int) -> None:
+        for of_unit in dispatchers[number : number + depth]:
+            for dispatcher in of_unit:
+                dispatcher.prefetch(dtype)
+
+    for number, unit in enumerate(units):
+        unit.register_forward_pre_hook(lambda *_, number=number: before(number))
 
 
 def layers_of(model: nn.Module) -> Sequence[tuple[str, MoE]]:

@@ -11,7 +11,7 @@ from moesaic.models.block import Block
 from moesaic.moe.experts import Experts
 from moesaic.moe.feedforward import FeedForward
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.own import own_experts
+from moesaic.parallel.own import own_experts, prefetch_copies
 from moesaic.parallel.ranks import Ranks
 from moesaic.parallel.shard import shard
 
@@ -48,6 +48,8 @@ def parallelize(
     if ranks is not None and ranks.mesh is not None:
         if config.owned is not None:
             own_experts(model, config, ranks)
+            if config.owned.prefetch:
+                prefetch_copies(units, config.owned.prefetch, dtype)
         shard(model, units, ranks, dtype)
     return model
 

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moesaic.moe.layer import MoE
-from moesaic.parallel.all_to_all import AllToAll
 from moesaic.parallel.placement import OwnerMap
 from moesaic.parallel.ranks import waiting_for
 from moesaic.parallel.slots import Owned, SlotTable, slots_of
@@ -64,9 +62,8 @@ def reshard(
         table.master.data = permuted(table.master.data, moves, count, group, slab)
         table.owned = {part.bank: part for part in layout(table, new, rank)}
     slots.owners = new
-    for layer in model.modules():
-        if isinstance(layer, MoE) and isinstance(layer.dispatcher, AllToAll):
-            layer.dispatcher.owners = new.owners[layer.experts.source.bank]  # type: ignore[attr-defined]
+    for name, bank in slots.banks.items():
+        bank.own(new.owners[name])
     return moved
 
 

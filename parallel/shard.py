@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.ranks import Ranks, waiting_for
-from moesaic.parallel.slots import ExpertRows, SlotTable
+from moesaic.parallel.slots import ExpertRows, SlotTable, slots_of
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -66,7 +66,14 @@ def owned_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def reduce_on_backward(model: nn.Module, *, last: bool) -> None:
-    """Sum gradients over ranks in this backward pass, or, where more micro-batches follow, only keep them."""
+    """Sum gradients over ranks in this backward pass, or, where more micro-batches follow, only keep them.
+
+    To be called before the forward pass. Gradients of owned experts always go to their owners; those of copies, as
+    their configuration says.
+    """
+    slots = slots_of(model)
+    if slots is not None:
+        slots.begin(last=last)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
@@ -79,8 +86,10 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
     """
     if ranks.mesh is None:
         return
+    slots = slots_of(model)
+    if slots is not None:
+        slots.settle()  # where no token came an optimizer still decays
     for table in slot_tables(model):
-        table.settle()  # where no token came an optimizer still decays
         if ranks.mesh["dp_replicate"].size() > 1:
             group = ranks.mesh.get_group("dp_replicate")
             with waiting_for("the sum of experts' gradients over copies", group):

@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moesaic.moe.experts import Bank, Weights
+from moesaic.moe.experts import Bank
 from moesaic.parallel.placement import OwnerMap
 
-if TYPE_CHECKING:  # slow to import, and not needed by a run's first step
+if TYPE_CHECKING:
+    # slow to import, and not needed by a run's first step
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
+
+    from moesaic.parallel.banks import Copying, OwnedBank  # they build on tables
 
 
 class ExpertRows(torch.Tensor):
@@ -151,24 +154,35 @@ class SlotTable(nn.Module):
         cut = self.shape.numel()
         return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
 
-    def add_gradient(self, part: Owned, grads: Sequence[Tensor | None]) -> None:
-        """Add to a bank's rows; the first time after the gradient was cleared, write them. See `settle`."""
+    def add_gradient(self, part: Owned, grads: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Add to a bank's rows; the first time after the gradient was cleared, write them. See `settle`.
+
+        `grads` are (M, ...) of w1 and w2, flat but for the first dim; row `places[i]` belongs to the bank's i-th expert
+        that is here.
+        """
         if self.master.grad is None:
             self.master.grad, self._written = torch.empty_like(self.master), set()
-        rows = self.master.grad[part.first : part.first + len(part.experts)]
         cut = self.shape.numel()
-        for box, grad in ((rows[:, :cut], grads[0]), (rows[:, cut:], grads[1])):
-            if part.bank in self._written:
-                if grad is not None:
-                    box += grad.flatten(1)
-            elif grad is None:
-                box.zero_()
-            else:
-                box.copy_(grad.flatten(1))
+        boxes = (self.master.grad[:, :cut], self.master.grad[:, cut:])
+        for begin, place, count in runs(places):
+            first = part.first + begin
+            for box, grad in zip(boxes, grads, strict=True):
+                if part.bank in self._written:
+                    box[first : first + count] += grad[place : place + count]
+                else:
+                    box[first : first + count] = grad[place : place + count]
         self._written.add(part.bank)
 
+    def add_rows(self, part: Owned, experts: Sequence[int], rows: Tensor) -> None:
+        """Add whole rows (n, L) to those of a bank's experts, one after the other; the bank's own come before."""
+        assert self.master.grad is not None
+        assert part.bank in self._written
+        slot = {expert: part.first + number for number, expert in enumerate(part.experts)}
+        for expert, row in zip(experts, rows, strict=True):
+            self.master.grad[slot[expert]] += row
+
     def settle(self) -> None:
-        """Zero the gradient of banks that got none: to be called when the last backward pass of a step is done."""
+        """Zero the gradient of banks that got none."""
         if self.master.grad is None:
             self.master.grad, self._written = torch.empty_like(self.master), set()
         for part in self.owned.values():
@@ -176,21 +190,41 @@ class SlotTable(nn.Module):
                 self.master.grad[part.first : part.first + len(part.experts)] = 0
         self._written = set(self.owned)
 
-    def weights(self, bank: str, dtype: torch.dtype) -> Weights:
-        """What this rank owns of a bank, in the compute type; a gradient goes straight to the table's rows."""
-        return Weights(*_Copy.apply(self.master, self, self.owned[bank], dtype))  # type: ignore[misc]
-
 
 class Slots(nn.ModuleList):
-    """The slot tables of a model, and who owns which expert now."""
+    """The slot tables of a model, its banks, and who owns which expert now."""
 
-    def __init__(self, tables: Sequence[SlotTable], owners: OwnerMap, group: dist.ProcessGroup) -> None:
-        """`group` holds the owners of one copy of the model; `owners` numbers them from 0."""
+    def __init__(
+        self,
+        tables: Sequence[SlotTable],
+        banks: Sequence["OwnedBank"],
+        owners: OwnerMap,
+        group: dist.ProcessGroup,
+        copying: "Copying",
+    ) -> None:
+        """`group` holds the owners of one copy of the model; `owners` numbers them from 0. `copying`: see `banks`."""
         super().__init__(tables)
-        self.owners, self.group = owners, group
+        self.banks = {bank.name: bank for bank in banks}
+        self.owners, self.group, self.copying = owners, group, copying
 
     def __iter__(self) -> Iterator[SlotTable]:
         return super().__iter__()  # type: ignore[return-value]
+
+    def begin(self, *, last: bool) -> None:
+        """A forward and a backward pass come, the step's last one or not."""
+        for bank in self.banks.values():
+            bank.uses = 0
+        self.copying.last = last
+        self.copying.order.clear()
+
+    def settle(self) -> None:
+        """Have all gradients where they belong: to be called when the last backward pass of a step is done."""
+        for bank in self.banks.values():
+            bank.send_held()
+            bank.kept = None
+        self.copying.finish()
+        for table in self:
+            table.settle()
 
 
 def slots_of(model: nn.Module) -> Slots | None:
@@ -198,34 +232,13 @@ def slots_of(model: nn.Module) -> Slots | None:
     return next((module for module in model.modules() if isinstance(module, Slots)), None)
 
 
-class _Copy(torch.autograd.Function):
-    """Owned rows as matrices. Backward adds to the table's gradient in place, and to this bank's rows only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, master: Tensor, table: SlotTable, part: Owned, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        ctx.table, ctx.part = table, part
-        rows = master[part.first : part.first + len(part.experts)]
-        cut = table.shape.numel()
-        w1 = rows[:, :cut].to(dtype).reshape(-1, *table.shape)
-        return w1.contiguous(), rows[:, cut:].to(dtype).reshape(-1, *table.out).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.table.add_gradient(ctx.part, grads)
-        return None, None, None, None
-
-
-@dataclass(frozen=True)
-class TableSource:
-    """The weight source of a layer whose experts lie in a slot table."""
-
-    table: SlotTable
-    bank: str
-
-    def weights(self, dtype: torch.dtype) -> Weights:
-        return self.table.weights(self.bank, dtype)
+def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Consecutive places: index of the first, the first, how many."""
+    begin = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + 1:
+            yield begin, places[begin], end - begin
+            begin = end
 
 
 def take_banks(banks: Sequence[Bank], experts_of: Callable[[str], tuple[int, ...]]) -> list[SlotTable]:

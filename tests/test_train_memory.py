@@ -38,7 +38,7 @@ def test_weights_of_a_rank_of_a_large_model(
     run = read_run(name, [f"parallel.experts.kind={experts}"], world_size=pretended)
     vocab = vocab_of(run.data)
     monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)  # tracing so many layers takes seconds
-    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: dist.group.WORLD)  # gloo needs real peers
     model = parallelize(
         meta_model(run.model, vocab), run.parallel, ranks_of(run.parallel, "cpu"), dtype=torch.bfloat16
     )
@@ -52,7 +52,7 @@ def test_weights_of_a_rank_of_a_large_model(
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_dense"])
 def test_bytes_of_a_rank(name: str, pretended: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(name, [*SIZES, "parallel.dp_replicate=2"], world_size=pretended)
-    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: dist.group.WORLD)  # gloo needs real peers
     model = parallelize(meta_model(run.model, 4096), run.parallel, ranks_of(run.parallel, "cpu"))
     parameters = sum(local(p.detach()).numel() * p.element_size() for p in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
@@ -70,7 +70,7 @@ def test_muon_keeps_one_tensor_per_matrix(pretended: int, monkeypatch: pytest.Mo
     settings = [*SIZES, "parallel.experts.kind=owned", "optim={kind: muon, lr: 5e-3}"]
     run = read_run("quickstart", settings, world_size=pretended)
     monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)
-    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)  # gloo needs real peers
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: dist.group.WORLD)  # gloo needs real peers
     model = parallelize(meta_model(run.model, 4096), run.parallel, ranks_of(run.parallel, "cpu"))
     optimizer = build_optimizer(model, run.optim)
     kept = [t for state in optimizer.state.values() for kind, t in state.items() if kind != "step"]

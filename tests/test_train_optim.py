@@ -263,7 +263,7 @@ def test_the_audit_passes_where_experts_have_owners(ranks: int) -> None:
 
 
 def test_matrices_that_are_cut_are_refused() -> None:
-    message = r"optim\.kind: muon .*parallel\.experts: sharded .* over 2 ranks"
+    message = r"optim\.kind: muon .*parallel\.experts\.kind: sharded .* over 2 ranks"
     with pytest.raises(ValueError, match=message):
         read_run("debug", [SETTING], world_size=2)
     with pytest.raises(ValueError, match=message):

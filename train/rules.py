@@ -15,10 +15,11 @@ from torch import Tensor
 from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import balanced_bias
+from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
 from moesaic.parallel.reshard import reshard
-from moesaic.parallel.slots import TableSource, slots_of
+from moesaic.parallel.slots import slots_of
 
 MARGIN = 0.02
 """By how much the busiest rank's rows, over the mean, must fall for the experts of a bank to move."""
@@ -84,8 +85,8 @@ class Rebalance:
     def __call__(self, model: Transformer, state: StepState) -> dict[str, float]:
         for layer, counts in state.counts.items():
             source = sparse_layer(model, layer).experts.source
-            assert isinstance(source, TableSource)
-            self.rows[source.bank] = self.rows[source.bank] + counts if source.bank in self.rows else counts
+            assert isinstance(source, OwnedBank)
+            self.rows[source.name] = self.rows[source.name] + counts if source.name in self.rows else counts
         if (state.step + 1) % self.every == 0:
             self.last = self.move(model)
             self.rows = {}

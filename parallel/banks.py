@@ -1,0 +1,362 @@
+"""The experts of a bank on one rank: its own, and copies of others' for as long as a layer needs them.
+
+A layer asks for a bank's experts, computes with them and gives their gradients back. Rows of its own experts come from
+the slot table and their gradients go there; copies come by SparseAllGather, and their gradients go to the owners by
+SparseReduceScatter, which other work goes on beside. FSSDP: Qing et al., arXiv:2502.02581, section 3.
+
+Dims: P ranks, E experts of the bank, M experts that are here, L length of a row.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.moe.experts import Weights
+from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted
+from moesaic.parallel.placement import Counts, Present, no_copies
+from moesaic.parallel.slots import SlotTable, runs
+
+if TYPE_CHECKING:
+    from moesaic.parallel.plans import Planner
+
+
+@dataclass
+class Copying:
+    """How copies travel: what all banks of a model share. Settings, and what is under way."""
+
+    copies: Collectives
+    gradients: Collectives
+    rematerialize: bool = False
+    """Free a layer's matrices after its forward pass, and gather them again for the backward pass."""
+    accumulate: Literal["each", "last"] = "each"
+    """When gradients of copies travel: in every micro-batch's backward pass, or in the last one's."""
+    wire: torch.dtype | None = None
+    """Type in which gradients of copies travel. None: their own."""
+    prefetch: int = 1
+    """Layers ahead whose copies are sent for in a backward pass."""
+    poison: bool = False
+    """Fill freed matrices, and those that nobody needs, with NaN: nothing may read them."""
+    last: bool = True
+    """Whether the next backward pass is the step's last one."""
+    outgoing: deque["tuple[OwnedBank, Transfer]"] = field(default_factory=deque)
+    order: list["Materialized"] = field(default_factory=list)
+    """Uses that will gather again in the backward pass, in order of the forward pass."""
+    seconds_waited: float = 0.0
+
+    def again(self, use: "Materialized") -> None:
+        """The backward pass has come to this use: gather for it, and for those that come next."""
+        if use not in self.order:  # of a forward pass whose stack was cleared
+            use.regather()
+            return
+        del self.order[self.order.index(use) + 1 :]
+        for coming in reversed(self.order[-1 - self.prefetch :]):
+            coming.regather()
+        self.order.pop()
+
+    def finish(self, most: int = 0) -> None:
+        """Add gradients that have arrived to the owners' rows, until at most so many are under way."""
+        while len(self.outgoing) > most:
+            bank, transfer = self.outgoing.popleft()
+            with self.waiting():
+                arrived = transfer.finish()
+            bank.add(arrived)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it, the host waits for copies or their gradients."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_waited += time.perf_counter() - began
+
+
+class Gather:
+    """Copies under way to the ranks that want them."""
+
+    def __init__(self, bank: "OwnedBank", dtype: torch.dtype, wanted: Wanted) -> None:
+        self.bank, self.dtype, self.wanted = bank, dtype, wanted
+        self.version = bank.version
+        self.rows: Arrived | None = None
+        self.transfer: Transfer | None = None
+        if wanted.any():
+            self.transfer = bank.copying.copies.all_gather(
+                lambda experts: bank.rows(experts, dtype), wanted, bank.owners
+            )
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether what comes are the present weights in this type."""
+        return self.dtype == dtype and self.version == self.bank.version
+
+    def finish(self) -> Arrived | None:
+        """What arrived here, once all has. None where nobody wanted anything."""
+        if self.transfer is not None:
+            with self.bank.copying.waiting():
+                self.rows = self.transfer.finish()
+            self.transfer = None
+        return self.rows
+
+
+class OwnedBank:
+    """A bank whose experts have owners. Layers that share the bank share this; it is their weight source."""
+
+    def __init__(
+        self,
+        name: str,
+        table: SlotTable,
+        owners: tuple[int, ...],
+        rank: int,
+        ranks: int,
+        copying: Copying,
+    ) -> None:
+        self.name, self.table, self.rank, self.copying = name, table, rank, copying
+        self.planner: Planner | None = None
+        """Asked within a layer, where it wants to see the layer's own counts."""
+        self.history: list[Counts] = []
+        """Counts of the last steps, oldest first."""
+        self.loads: Counts = np.zeros((ranks, len(owners)), np.int64)
+        """Counts of this step, so far: original forward pass of training tokens."""
+        self.uses = 0
+        """Forward passes whose backward pass is to come."""
+        self.held: dict[int, Tensor] = {}
+        """Gradients of copies that wait for the last micro-batch: rows by expert."""
+        self.kept: Gather | None = None
+        """Copies that serve all micro-batches of a step."""
+        self.own(owners)
+
+    def own(self, owners: tuple[int, ...]) -> None:
+        """Set the owners; no expert has copies then."""
+        self.owners = owners
+        self.alone: Present = no_copies(owners, len(self.loads))
+        self.present: Present = self.alone
+        """The materialisation plan of this step."""
+        self.held_wanted: Wanted = np.zeros_like(self.alone)
+
+    @property
+    def version(self) -> int:
+        """Changes with the weights."""
+        return self.table.master._version
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """All experts that the plan has here, in the compute type."""
+        use = Materialized(self, dtype, self.present, self.gather(dtype))
+        weights = use.weights()
+        use.fill()
+        return weights
+
+    def gather(self, dtype: torch.dtype, wanted: Wanted | None = None) -> Gather:
+        """Send for copies; None: the plan's. Where they serve a whole step, they are sent for once."""
+        if self.kept is not None and self.kept.serves(dtype):
+            return self.kept
+        self.kept = None
+        found = Gather(self, dtype, self.present & ~self.alone if wanted is None else wanted)
+        if self.copying.accumulate == "last" and not self.copying.rematerialize:
+            self.kept = found
+        return found
+
+    def rows(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Rows (n, L) of experts that this rank owns."""
+        part = self.table.owned[self.name]
+        slots = [part.first + part.experts.index(expert) for expert in experts]
+        master = self.table.master.detach()
+        if not slots:
+            return master.new_empty(0, master.shape[1], dtype=dtype)
+        return torch.stack([master[slot] for slot in slots]).to(dtype)
+
+    def give_back(self, use: "Materialized", grads: Sequence[Tensor]) -> None:
+        """Gradients of all matrices of a use: (M, ...) each."""
+        flat = [grad.flatten(1) for grad in grads]
+        self.table.add_gradient(self.table.owned[self.name], flat, use.own)
+        self.uses = max(0, self.uses - 1)
+        place = {expert: number for number, expert in enumerate(use.experts)}
+
+        def rows(experts: Sequence[int]) -> Tensor:
+            if not experts:
+                return flat[0].new_empty(0, self.table.master.shape[1])
+            return torch.stack([torch.cat([part[place[expert]] for part in flat]) for expert in experts])
+
+        if self.copying.accumulate == "each":
+            self._send(rows, use.wanted)
+            return
+        mine = np.flatnonzero(use.wanted[self.rank]).tolist()
+        for expert, row in zip(mine, rows(mine), strict=True):
+            held = self.held.get(expert)
+            wide = torch.promote_types(row.dtype, self.table.master.dtype)
+            self.held[expert] = row.to(wide) if held is None else held.add_(row)
+        self.held_wanted = self.held_wanted | use.wanted
+        if self.copying.last and self.uses == 0:
+            self.send_held()
+
+    def send_held(self) -> None:
+        """Send what waited for the last micro-batch."""
+        held, wanted = self.held, self.held_wanted
+        self.held, self.held_wanted, self.uses = {}, np.zeros_like(self.alone), 0
+        none = self.table.master.detach()[:0]
+        self._send(
+            lambda experts: torch.stack([held[expert] for expert in experts]) if experts else none, wanted
+        )
+
+    def _send(self, rows: Rows, wanted: Wanted) -> None:
+        if not wanted.any():
+            return
+        wire = self.copying.wire
+        transfer = self.copying.gradients.reduce_scatter(
+            lambda experts: rows(experts) if wire is None else rows(experts).to(wire), wanted, self.owners
+        )
+        self.copying.outgoing.append((self, transfer))
+        self.copying.finish(most=1)
+
+    def add(self, arrived: Arrived) -> None:
+        """Add gradients of copies to the rows of their experts, in the order in which they come."""
+        self.table.add_rows(self.table.owned[self.name], arrived.experts, arrived.rows)
+
+
+class Materialized:
+    """One use of a bank by a layer: matrices of all experts that are here, own and copied.
+
+    The matrices have memory from `weights` on and values from `fill` on, so that copies may arrive in between. They can
+    be freed, and filled again: autograd has the same tensors then.
+    """
+
+    def __init__(self, bank: OwnedBank, dtype: torch.dtype, here: Present, coming: Gather) -> None:
+        """`here`: what each rank needs, its own experts included. `coming`: what is already under way."""
+        self.bank, self.dtype = bank, dtype
+        self.wanted: Wanted = here & ~bank.alone
+        """Copies that ranks need."""
+        self.experts: list[int] = np.flatnonzero(here[bank.rank]).tolist()
+        """Ascending."""
+        mine = bank.table.owned[bank.name].experts
+        self.own = [place for place, expert in enumerate(self.experts) if bank.owners[expert] == bank.rank]
+        assert len(self.own) == len(mine), "a rank has all experts that it owns"
+        self.filled, self.matrices = False, ()
+        self.gathers = [coming] if coming.serves(dtype) else []
+        missing = self.wanted & ~coming.wanted if self.gathers else self.wanted
+        if missing.any():
+            self.gathers.append(Gather(bank, dtype, missing))
+        self.stale = None if self.gathers and self.gathers[0] is coming else coming
+        self.recomputed = False
+        """The layer is computed again for its backward pass, and gathers then."""
+        self.again: Any = None
+
+    def weights(self) -> Weights:
+        """The matrices; a gradient goes back to where each came from. Not to be read before `fill`."""
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self.bank.uses += 1  # else a backward pass is computing the layer again
+        return Weights(*_Materialize.apply(self.bank.table.master, self))  # type: ignore[misc]
+
+    def allocate(self) -> tuple[Tensor, Tensor]:
+        table, count = self.bank.table, len(self.experts)
+        like = table.master.detach()
+        made = (
+            like.new_empty(count, *table.shape, dtype=self.dtype),
+            like.new_empty(count, *table.out, dtype=self.dtype),
+        )
+        self.matrices = tuple(
+            matrix.data for matrix in made
+        )  # without a version: filling is none of autograd's
+        self.sizes = [matrix.untyped_storage().nbytes() for matrix in made]
+        return made
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Give the matrices their values, once copies are here; nothing where they have them."""
+        if self.filled:
+            return
+        for matrix, size in zip(self.matrices, self.sizes, strict=True):
+            if matrix.untyped_storage().nbytes() != size:
+                matrix.untyped_storage().resize_(size)
+        if self.bank.copying.poison:
+            for matrix in self.matrices:
+                matrix.fill_(torch.nan)
+        part = self.bank.table.owned[self.bank.name]
+        self._put(self.own, self.bank.table.master[part.first : part.first + len(part.experts)])
+        place = {expert: number for number, expert in enumerate(self.experts)}
+        if self.stale is not None:
+            self.stale.finish()
+        for gather in self.gathers:
+            arrived = gather.finish()
+            if arrived is None:
+                continue
+            for expert, row in zip(arrived.experts, arrived.rows, strict=True):
+                if expert in place:
+                    self._put([place[expert]], row[None])
+        self.gathers, self.stale, self.filled = [], None, True
+
+    def _put(self, places: list[int], rows: Tensor) -> None:
+        cut = self.bank.table.shape.numel()
+        for matrix, part in zip(self.matrices, (rows[:, :cut], rows[:, cut:]), strict=True):
+            for begin, place, count in runs(places):
+                matrix.flatten(1)[place : place + count] = part[begin : begin + count]
+
+    def release(self) -> None:
+        """Free the matrices. `regather` and `fill` bring them back."""
+        for matrix in self.matrices:
+            if self.bank.copying.poison:
+                matrix.fill_(torch.nan)
+            else:
+                matrix.untyped_storage().resize_(0)
+        self.filled = False
+
+    def regather(self) -> None:
+        """Send for the copies again, for the backward pass."""
+        if self.again is not None:
+            self.again()
+        elif not self.filled and not self.gathers:
+            self.gathers = [Gather(self.bank, self.dtype, self.wanted)]
+
+    def forget(self) -> None:
+        """Let go of the matrices; autograd keeps them where it needs them."""
+        self.matrices = ()
+
+
+class _Materialize(torch.autograd.Function):
+    """Matrices out of the slot table and out of other ranks'; their gradients go there in place."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, use: Materialized) -> tuple[Tensor, Tensor]:
+        ctx.use = use
+        return use.allocate()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        use: Materialized = ctx.use
+        if use.matrices:
+            use.release()
+        use.bank.give_back(use, grads)
+        return None, None
+
+
+class BackwardBegins(torch.autograd.Function):
+    """A layer's output as it is; its gradient's arrival lets copies be gathered again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, use: Materialized) -> Tensor:
+        ctx.use = use
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.use.bank.copying.again(ctx.use)
+        return grads[0], None
+
+
+class BackwardNeeds(torch.autograd.Function):
+    """The experts' output as it is; its gradient waits until the matrices are there again."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, use: Materialized) -> Tensor:
+        ctx.use = use
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.use.regather()
+        ctx.use.fill()
+        return grads[0], None
