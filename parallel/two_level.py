@@ -84,24 +84,26 @@ class TwoLevel:
         return Transfer("gradients of copies", self.group, self._reduce(rows, wanted, owners))
 
     def _gather(self, rows: Rows, wanted: Wanted, owners: Sequence[int]) -> Steps:
+        some, wanted, owners = _asked_for(wanted, owners)
         first, *rest = gather_moves(wanted, owners, self.topology, self.rank)
-        cut, length = self._cut(rows, first)
+        cut, length = self._cut(rows, some, first)
         came = yield from self._exchange(self.near, cut, first)
         experts = first.receive.nonzero()[1]
         chosen = experts[wanted[self.rank, experts]][:: self.slices]  # the others only pass through
         if not rest:
-            return Arrived(chosen.tolist(), self._joined(came, length))
+            return self._arrived(some[chosen], came, length)
         crossing, last = rest
         passing = Held(came, places(first.receive))
         there = yield from self._exchange(self.across, passing, crossing)
         end = yield from self._exchange(self.near, Held(there, places(crossing.receive)), last)
         far = np.flatnonzero(last.receive.any((0, 2)))
         parts = [passing.rows(chosen), Held(end, places(last.receive)).rows(far)]
-        return Arrived([*chosen.tolist(), *far.tolist()], self._joined(torch.cat(parts), length))
+        return self._arrived(some[np.concatenate([chosen, far])], torch.cat(parts), length)
 
     def _reduce(self, rows: Rows, wanted: Wanted, owners: Sequence[int]) -> Steps:
+        some, wanted, owners = _asked_for(wanted, owners)
         first, *rest = reduce_moves(wanted, owners, self.topology, self.rank)
-        cut, length = self._cut(rows, first)
+        cut, length = self._cut(rows, some, first)
         came = yield from self._exchange(self.near, cut, first)
         experts = first.receive.nonzero()[1]
         own = np.asarray(owners)[experts] == self.rank
@@ -109,7 +111,7 @@ class TwoLevel:
         whole = picked(came, np.flatnonzero(own)) if rest else came
         whole = whole.to(torch.promote_types(came.dtype, torch.float32))
         if not rest:
-            return Arrived(chosen.tolist(), self._joined(whole, length))
+            return self._arrived(some[chosen], whole, length)
         crossing, last = rest
         leaving = added(came, first.receive, ~own)
         there = yield from self._exchange(self.across, leaving, crossing)
@@ -117,12 +119,12 @@ class TwoLevel:
         end = yield from self._exchange(self.near, total, last)
         far = np.flatnonzero(last.receive.any((0, 2)))
         parts = [whole, Held(end, places(last.receive)).rows(far)]
-        return Arrived([*chosen.tolist(), *far.tolist()], self._joined(torch.cat(parts), length))
+        return self._arrived(some[np.concatenate([chosen, far])], torch.cat(parts), length)
 
-    def _cut(self, rows: Rows, moves: Moves) -> tuple[Held, int]:
+    def _cut(self, rows: Rows, some: Numbers, moves: Moves) -> tuple[Held, int]:
         """The rows that a first exchange sends from, cut, and their length."""
         experts = np.flatnonzero(moves.send.any((0, 2)))
-        whole = rows(experts.tolist())
+        whole = rows(some[experts].tolist())
         length = whole.shape[1]
         piece = -(-length // self.slices)
         if piece * self.slices > length:
@@ -131,9 +133,10 @@ class TwoLevel:
         where[experts] = np.arange(whole.shape[0] * self.slices).reshape(-1, self.slices)
         return Held(whole.reshape(-1, piece), where), length
 
-    def _joined(self, pieces: Tensor, length: int) -> Tensor:
-        """Whole rows, without what was padded."""
-        return pieces.reshape(-1, self.slices * pieces.shape[1])[:, :length].contiguous()
+    def _arrived(self, experts: Numbers, pieces: Tensor, length: int) -> Arrived:
+        """All pieces of these experts, put together without what was padded."""
+        rows = pieces.reshape(-1, self.slices * pieces.shape[1])[:, :length]
+        return Arrived(experts.tolist(), rows.contiguous())
 
     def _exchange(
         self, group: dist.ProcessGroup, held: Held, moves: Moves
@@ -181,6 +184,12 @@ def added(pieces: Float[Tensor, "n piece"], receive: Pieces, chosen: Bool[np.nda
     where = np.zeros(receive.shape[1:], np.int64)
     where[summed] = np.arange(len(summed))[:, None]
     return Held(sums, where)
+
+
+def _asked_for(wanted: Wanted, owners: Sequence[int]) -> tuple[Numbers, Wanted, list[int]]:
+    """The experts that anybody wants, few as a rule, and what is known of them: planning takes time for all it sees."""
+    some = np.flatnonzero(wanted.any(0))
+    return some, wanted[:, some], np.asarray(owners)[some].tolist()
 
 
 class _Layout:
