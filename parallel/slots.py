@@ -181,6 +181,10 @@ class SlotTable(nn.Module):
         for expert, row in zip(experts, rows, strict=True):
             self.master.grad[slot[expert]] += row
 
+    def clear(self) -> None:
+        """Drop the gradient."""
+        self.master.grad, self._written = None, set()
+
     def settle(self) -> None:
         """Zero the gradient of banks that got none."""
         if self.master.grad is None:

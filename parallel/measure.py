@@ -1,0 +1,213 @@
+"""What plans cost on this machine: layers computed with made-up tokens, here and elsewhere, with copies and without.
+
+All ranks measure at once, as they will compute, and the slowest counts. Copies are taken for exposed: what other work
+may hide is not measured.
+
+Dims: T tokens of a rank, D width, E experts, P ranks, S ranks of a node.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moesaic.moe.layer import MoE
+from moesaic.moe.routing import Routing
+from moesaic.parallel.all_to_all import AllToAll, Traffic
+from moesaic.parallel.banks import Gather, OwnedBank
+from moesaic.parallel.costs import LONGEST, Costs
+from moesaic.parallel.own import layers_of
+from moesaic.parallel.placement import Present
+from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.slots import Slots, slots_of
+
+ROUNDS = 3
+FEW, MANY = 32, 256
+"""Tokens of each expert: where what an expert costs in itself shows, and where matrix products run at full speed."""
+MOST = 4
+"""Experts of a rank that take part."""
+
+
+def measure_costs(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype) -> dict[str, Costs]:
+    """Prices for every bank of a model, equal on all ranks; collective. Banks of equal shapes are measured once.
+
+    `dtype`: in which layers compute. Leaves the model as it is; gradients must have been cleared.
+    """
+    slots = slots_of(model)
+    assert slots is not None
+    found: dict[str, Costs] = {}
+    shapes: dict[tuple[object, ...], Costs] = {}
+    with measuring(slots):
+        for _, layer in layers_of(model):
+            assert isinstance(layer.dispatcher, AllToAll)
+            bank = layer.dispatcher.bank
+            shape = (*bank.table.shape, *bank.table.out, bank.owners)
+            if shape not in shapes:
+                mine = _Layer(layer, layer.dispatcher, dtype).costs()
+                shapes[shape] = _slowest(mine, ranks)
+            found[bank.name] = shapes[shape]
+    return {name: repeated(costs, slots, layer_recomputes(model), micro_batches) for name, costs in found.items()}
+
+
+def repeated(costs: Costs, slots: Slots, recomputed: bool, micro_batches: int) -> Costs:
+    """Prices with the numbers of times that a step of so many micro-batches has."""
+    keeps = slots.copying.accumulate == "last"
+    again = slots.copying.rematerialize or recomputed
+    kept = keeps and not slots.copying.rematerialize
+    return replace(
+        costs,
+        micro_batches=micro_batches,
+        gathers_forward=1 if kept else micro_batches,
+        gathers_backward=micro_batches if again and not kept else 0,
+        reductions=1 if keeps else micro_batches,
+    )
+
+
+def layer_recomputes(model: nn.Module) -> bool:
+    """Whether layers are computed again for their backward pass."""
+    return any(layer.dispatcher.recomputed for _, layer in layers_of(model) if isinstance(layer.dispatcher, AllToAll))
+
+
+@contextmanager
+def measuring(slots: Slots) -> Iterator[None]:
+    """Within it, copies and their gradients travel at every pass; afterwards it is as if nothing had happened."""
+    copying = slots.copying
+    before = copying.accumulate, copying.rematerialize
+    copying.accumulate, copying.rematerialize = "each", False
+    try:
+        yield
+    finally:
+        copying.accumulate, copying.rematerialize = before
+        slots.begin(last=True)
+        copying.seconds_waited = 0.0
+        copying.copies.bytes = copying.gradients.bytes = 0
+        for bank in slots.banks.values():
+            bank.loads = np.zeros_like(bank.loads)
+        for table in slots:
+            table.clear()
+
+
+def _slowest(mine: Costs, ranks: Ranks) -> Costs:
+    every = ranks.gather(asdict(mine))
+    return Costs(**{name: max(costs[name] for costs in every) for name in every[0]})
+
+
+class _Layer:
+    """One layer, with made-up tokens."""
+
+    def __init__(self, layer: MoE, dispatcher: AllToAll, dtype: torch.dtype) -> None:
+        self.layer, self.dispatcher, self.dtype = layer, dispatcher, dtype
+        self.bank: OwnedBank = dispatcher.bank
+        self.topology = dispatcher.topology
+        self.size = max(1, min(MOST, *(bank_of.sum() for bank_of in self.bank.alone)))
+        """Experts of each rank that take part."""
+
+    def costs(self) -> Costs:
+        near = self.topology.ranks_per_node > 1
+        one_few = self.seconds(self.passes(0, experts=1, each=FEW))
+        all_few = self.seconds(self.passes(0, each=FEW))
+        many = self.seconds(self.passes(0, each=MANY))
+        rows_few, rows = FEW * self.size, MANY * self.size
+        row = max(0.0, many - all_few) / (rows - rows_few)
+        more = self.size - 1
+        expert = max(0.0, all_few - one_few - more * FEW * row) / more if more else 0.0
+
+        def trips(hop: int, sharing: int) -> float:
+            return max(0.0, self.seconds(self.passes(hop, each=MANY)) - many) / (4 * rows * sharing)
+
+        def copies(hop: int, sharing: int) -> tuple[float, float]:
+            wanted = self.copies(hop)
+            if not wanted.any():
+                return 0.0, 0.0
+            gather = self.seconds(lambda: Gather(self.bank, self.dtype, wanted).finish())
+            whole = self.seconds(self.passes(hop, each=MANY, present=self.bank.alone | wanted)) - many
+            number = self.size * sharing
+            return gather / number, max(0.0, whole - gather) / number
+
+        per_node = self.topology.ranks_per_node
+        far = self.topology.ranks > per_node
+        row_near, (copy_near, grad_near) = (trips(1, 1), copies(1, 1)) if near else (0.0, (0.0, 0.0))
+        row_far, (copy_far, grad_far) = (
+            (trips(per_node, per_node), copies(per_node, per_node)) if far else (0.0, (0.0, 0.0))
+        )
+        prices = {
+            "row": row,
+            "expert": expert,
+            "row_near": row_near,
+            "row_far": row_far,
+            "copy_near": copy_near,
+            "copy_far": copy_far,
+            "grad_near": grad_near,
+            "grad_far": grad_far,
+            "message": self.message(),
+        }
+        return Costs(**{name: min(LONGEST, round(seconds * 1e12)) for name, seconds in prices.items()})
+
+    def passes(
+        self, hop: int, *, each: int, experts: int | None = None, present: Present | None = None
+    ) -> Callable[[], object]:
+        """A forward and a backward pass: every rank's tokens to the first experts of the rank `hop` further on."""
+        bank, device = self.bank, self.bank.table.master.device
+        target = (bank.rank + hop) % self.topology.ranks
+        chosen = np.flatnonzero(bank.alone[target])[: experts or self.size]
+        tokens = each * len(chosen)
+        picks = torch.from_numpy(np.resize(chosen, tokens)).to(device)[:, None]
+        gates = torch.ones(tokens, 1, device=device, requires_grad=True)
+        unused = torch.zeros(tokens, len(bank.owners), device=device)
+        routing = Routing.token_choice(picks, gates, probabilities=unused, logits=unused)
+        width = bank.table.out[0]
+        x = torch.randn(tokens, width, device=device, dtype=self.dtype, requires_grad=True)
+        grad = torch.ones_like(x)
+
+        def once() -> None:
+            bank.present = bank.alone if present is None else present
+            planner, bank.planner = bank.planner, None
+            if self.dispatcher.recomputed:
+                y = checkpoint(self.layer, x, routing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y = self.layer(x, routing)
+            torch.autograd.backward(y, grad)
+            bank.copying.finish()
+            bank.present, bank.planner = bank.alone, planner
+            self.dispatcher.traffic = Traffic()
+
+        return once
+
+    def copies(self, hop: int) -> Present:
+        """Every rank wants the first experts of the rank `hop` further on."""
+        wanted = np.zeros_like(self.bank.alone)
+        for rank in range(self.topology.ranks):
+            theirs = np.flatnonzero(self.bank.alone[(rank + hop) % self.topology.ranks])
+            wanted[rank, theirs[: self.size]] = True
+        return wanted & ~self.bank.alone
+
+    def message(self) -> float:
+        """Latency of one of the messages of an exchange."""
+        group, ranks = self.dispatcher.group, self.topology.ranks
+        one = torch.zeros(ranks, device=self.bank.table.master.device)
+        seconds = self.seconds(lambda: dist.all_to_all_single(torch.empty_like(one), one, group=group))
+        return seconds / max(1, ranks - 1)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The fastest of some rounds, which all ranks begin together; the first is for caches."""
+        best = float("inf")
+        for turn in range(ROUNDS + 1):
+            self.wait()
+            dist.barrier(self.dispatcher.group)
+            began = time.perf_counter()
+            run()
+            self.wait()
+            if turn:
+                best = min(best, time.perf_counter() - began)
+        return best
+
+    def wait(self) -> None:
+        """Until the device has done what it was told."""
+        if self.bank.table.master.is_cuda:
+            torch.cuda.synchronize()
