@@ -19,6 +19,8 @@ from jaxtyping import Bool, Int64
 
 Counts = Int64[np.ndarray, "P E"]
 """Tokens that each rank has for each expert."""
+Present = Bool[np.ndarray, "P E"]
+"""A materialisation plan: which experts are on which ranks for one step."""
 
 
 @dataclass(frozen=True)
