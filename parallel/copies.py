@@ -39,10 +39,11 @@ def spread(
     rank with most to spare, then to the lower id. A copy takes the expert's weight from what a rank has to spare, and 1
     from its room; a rank without room gets none. Where no rank is left, seats stay empty.
     """
-    present = np.array(present, order="C")
+    present = np.array(present, bool, order="C")
     spare, room = np.array(spare, np.int64), np.array(room, np.int64)
     sizes = (*present.shape, topology.ranks_per_node)
-    if run_compiled("spread_copies", [present, np.array(seats), np.array(weights), spare, room], sizes):
+    integers = [np.ascontiguousarray(array, np.int64) for array in (seats, weights)]
+    if run_compiled("spread_copies", [present, *integers, spare, room], sizes):
         return present
     starts = np.arange(0, topology.ranks, topology.ranks_per_node)
     ends = np.minimum(starts + topology.ranks_per_node, topology.ranks)

@@ -125,10 +125,10 @@ def prefix_times(
     number, depth, _ = templates.shape
     times = np.full((number, depth + 1), UNFIT)
     most = len(counts) if most_copies is None else most_copies
-    prices = np.array([getattr(costs, field.name) for field in fields(Costs)])
-    arrays = [np.ascontiguousarray(array) for array in (counts, owners, templates, prices)]
+    prices = [getattr(costs, field.name) for field in fields(Costs)]
+    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, prices)]
     sizes = (number, depth, len(counts), topology.ranks, topology.ranks_per_node, most)
-    if run_compiled("prefix_times", [*arrays, times], sizes):
+    if run_compiled("prefix_times", [*integers, np.ascontiguousarray(templates, bool), times], sizes):
         return times
     alone = _load(counts, np.arange(topology.ranks) == owners[:, None], owners, topology, costs)
     for template, found in zip(templates, times, strict=True):

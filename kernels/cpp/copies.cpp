@@ -190,8 +190,8 @@ extern "C" void spread_copies_i64(std::uint8_t* present, const int64_t* seats, c
     copies::spread(present, seats, weights, spare, room, experts, {ranks, per_node});
 }
 
-extern "C" void prefix_times_i64(const int64_t* counts, const int64_t* owners, const std::uint8_t* templates,
-                                 const int64_t* costs, int64_t* times, int64_t number, int64_t depth, int64_t experts,
+extern "C" void prefix_times_i64(const int64_t* counts, const int64_t* owners, const int64_t* costs,
+                                 const std::uint8_t* templates, int64_t* times, int64_t number, int64_t depth, int64_t experts,
                                  int64_t ranks, int64_t per_node, int64_t most_copies, int64_t) {
     const auto& c = *reinterpret_cast<const copies::Costs*>(costs);
     copies::prefix_times(counts, owners, templates, c, times, number, depth, experts, {ranks, per_node}, most_copies);
