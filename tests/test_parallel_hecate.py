@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_calibration_sends_what_pays_and_fits() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("window", 0), ("overlap", -1), ("most_copies", -2)])
-def test_bad_numbers_are_named(field: str, value: int) -> None:
+def test_bad_numbers_are_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field}: {value} is"):
         HecateConfig(**{field: value})
 

@@ -166,11 +166,11 @@ def test_shadowing_stops_where_the_time_stops_falling() -> None:
         row=1, copy_near=10, copy_far=0, grad_near=0, grad_far=0, hidden_forward=10**6, micro_batches=3
     )
     planner = build_planner(FasterMoEConfig(), prices)
-    counts = np.array([[30, 14, 1], [30, 14, 1]])
+    counts = np.array([[30, 14, 0], [30, 14, 2]])
     # rank 0 has 88; with a copy of expert 0, 58 + 10; of 1 too, rank 1 has 46 + 20
     assert planner.plan([], counts, owners, topology).tolist() == [[True, True, False], [True, True, True]]
     assert planner.exact
-    less = np.array([[30, 10, 1], [30, 10, 1]])  # 50 + 10, then 42 + 20
+    less = np.array([[30, 10, 0], [30, 10, 2]])  # 50 + 10, then 42 + 20
     assert planner.plan([], less, owners, topology).tolist() == [[True, True, False], [True, False, True]]
 
 
