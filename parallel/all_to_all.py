@@ -8,7 +8,7 @@ Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E ex
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from moesaic.kernels.combine import combine_rows, gather_rows
 from moesaic.moe.experts import Experts, Weights
 from moesaic.moe.routing import Plan
 from moesaic.parallel.banks import BackwardBegins, BackwardNeeds, Gather, Materialized, OwnedBank
-from moesaic.parallel.collectives import Wanted
+from moesaic.parallel.collectives import Wanted, uploaded
 from moesaic.parallel.placement import Present, Round, Topology, digest, rounds, token_plan
 from moesaic.parallel.plans import PlanError, check_plan
 from moesaic.parallel.ranks import waiting_for
@@ -150,7 +150,7 @@ class AllToAll:
         present, bank = self.bank.present, self.bank
         if bank.planner is not None and bank.planner.exact:
             wider = present | bank.planner.plan(bank.history, counts, bank.owners, self.topology)
-            check_plan(wider, bank.owners, self.topology, bank.name)
+            check_plan(bank.name, wider, bank.owners, self.topology)
             present = wider
         tokens = token_plan(counts, present, self.topology)
         here = bank.alone | (tokens.sum(0).T > 0)
@@ -312,11 +312,3 @@ def inverse(order: Tensor) -> Tensor:
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return back
-
-
-def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
-    """Integers as tensors of a device, in one copy, for which the host does not wait."""
-    flat = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return flat.to(device, non_blocking=True).split([len(array) for array in arrays])

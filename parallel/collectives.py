@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor
@@ -59,6 +60,8 @@ class Collectives(Protocol):
 
     bytes: int
     """Sent to other ranks so far."""
+    groups: tuple[dist.ProcessGroup, ...]
+    """In which rows travel."""
 
     def all_gather(self, rows: Rows, wanted: Wanted, owners: Sequence[int]) -> Transfer:
         """Bring rows of this rank's experts to who wants them; arrived are those that this rank wants, once each."""
@@ -74,6 +77,7 @@ class Flat:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.bytes = group, 0
+        self.groups = (group,)
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def all_gather(self, rows: Rows, wanted: Wanted, owners: Sequence[int]) -> Transfer:
@@ -109,3 +113,11 @@ def exchange(
     work = dist.all_to_all_single(out, units, list(receive), list(send), group=group, async_op=True)
     assert work is not None
     return out, work
+
+
+def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Integers as tensors of a device, in one copy, for which the host does not wait."""
+    flat = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return flat.to(device, non_blocking=True).split([len(array) for array in arrays])

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moesaic.parallel.plans import ExpertParallel, PlanConfig
+from moesaic.parallel.costs import Costs
+from moesaic.parallel.plans import ExpertParallelConfig, PlanConfig
 
 LONGEST = 1e8
 """Seconds, three years: more than any run, and what clocks can add."""
@@ -28,8 +29,11 @@ class OwnedExperts:
     """Have ranks compare where they would send tokens, at every layer; to find bugs."""
     rebalance: int = 0
     """Steps between moves of experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
-    plan: PlanConfig = field(default_factory=ExpertParallel)
+    plan: PlanConfig = field(default_factory=ExpertParallelConfig)
     """Which ranks get copies of which experts, for a step (FSSDP, arXiv:2502.02581)."""
+    costs: Costs | None = None
+    """What the planner reckons with, in picoseconds. None: measured when the run starts, and kept in its checkpoints.
+    Given, two runs make the same plans, and compute the same bit for bit."""
     rematerialize: bool = False
     """Free experts' matrices between a layer's forward and backward pass, and bring copies once more: least memory."""
     prefetch: int = 1

@@ -7,7 +7,7 @@ Dims: T tokens of a rank, D width, E experts, P ranks, S ranks of a node.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -34,7 +34,9 @@ MOST = 4
 """Experts of a rank that take part."""
 
 
-def measure_costs(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype) -> dict[str, Costs]:
+def measure_costs(
+    model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: torch.dtype
+) -> dict[str, Costs]:
     """Prices for every bank of a model, equal on all ranks; collective. Banks of equal shapes are measured once.
 
     `dtype`: in which layers compute. Leaves the model as it is; gradients must have been cleared.
@@ -52,7 +54,9 @@ def measure_costs(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: 
                 mine = _Layer(layer, layer.dispatcher, dtype).costs()
                 shapes[shape] = _slowest(mine, ranks)
             found[bank.name] = shapes[shape]
-    return {name: repeated(costs, slots, layer_recomputes(model), micro_batches) for name, costs in found.items()}
+    return {
+        name: repeated(costs, slots, layer_recomputes(model), micro_batches) for name, costs in found.items()
+    }
 
 
 def repeated(costs: Costs, slots: Slots, recomputed: bool, micro_batches: int) -> Costs:
@@ -71,7 +75,9 @@ def repeated(costs: Costs, slots: Slots, recomputed: bool, micro_batches: int) -
 
 def layer_recomputes(model: nn.Module) -> bool:
     """Whether layers are computed again for their backward pass."""
-    return any(layer.dispatcher.recomputed for _, layer in layers_of(model) if isinstance(layer.dispatcher, AllToAll))
+    return any(
+        layer.dispatcher.recomputed for _, layer in layers_of(model) if isinstance(layer.dispatcher, AllToAll)
+    )
 
 
 @contextmanager

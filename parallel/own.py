@@ -17,6 +17,7 @@ from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
 from moesaic.parallel.ranks import Ranks, limit_waits
 from moesaic.parallel.slots import Slots, take_banks
+from moesaic.parallel.two_level import TwoLevel
 
 
 def own_experts(
@@ -41,13 +42,13 @@ def own_experts(
     chosen = owners
     tables = take_banks(banks, lambda bank: chosen.experts(bank, rank))
     topology = Topology(size, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    copying = copying_of(owned, mesh, config)
+    copying = copying_of(owned, mesh, topology, config)
     named = {
         bank: OwnedBank(bank, table, owners.owners[bank], rank, size, copying)
         for table in tables
         for bank in table.owned
     }
-    model.slots = Slots(tables, [named[bank.name] for bank in banks], owners, group, copying)
+    model.slots = Slots(tables, [named[bank.name] for bank in banks], owners, group, topology, copying)
     for path, layer in layers_of(model):
         source = layer.experts.source
         assert isinstance(source, Bank)
@@ -63,17 +64,20 @@ def own_experts(
         )
 
 
-def copying_of(owned: OwnedExperts, mesh: DeviceMesh, config: ParallelConfig) -> Copying:
+def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config: ParallelConfig) -> Copying:
     """How copies travel, in groups of their own; collective over all ranks."""
     copies, gradients = (
         [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("copies")] for _ in range(2)
     )
     assert isinstance(copies, dist.ProcessGroup)
     assert isinstance(gradients, dist.ProcessGroup)
-    limit_waits([copies, gradients], config)
+    make = Flat if owned.levels == "one" else lambda group: TwoLevel(group, topology)
+    by_copies, by_gradients = make(copies), make(gradients)
+    for collectives in (by_copies, by_gradients):
+        limit_waits(collectives.groups, config)
     return Copying(
-        Flat(copies),
-        Flat(gradients),
+        by_copies,
+        by_gradients,
         rematerialize=owned.rematerialize,
         accumulate=owned.accumulate,
         wire=torch.bfloat16 if owned.gradients == "bf16" else None,

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int64
 Counts = Int64[np.ndarray, "P E"]
 """Tokens that each rank has for each expert."""
 Present = Bool[np.ndarray, "P E"]
-"""Materialisation plan of a bank: the experts that each rank has for a step, its own included."""
+"""A materialisation plan: which experts are on which ranks for one step."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,14 @@ def peak(loads: Mapping[str, Sequence[int]], owners: OwnerMap) -> float:
     return busiest * owners.ranks / total if total else 1.0
 
 
-def no_copies(owners: tuple[int, ...], ranks: int) -> Present:
+def no_copies(owners: tuple[int, ...], ranks: int) -> Bool[np.ndarray, "P E"]:
     """The materialisation plan of expert parallelism: every expert on its owner only."""
     return np.arange(ranks)[:, None] == np.asarray(owners)
 
 
-def token_plan(counts: Counts, present: Present, topology: Topology) -> Int64[np.ndarray, "P E P"]:
+def token_plan(
+    counts: Counts, present: Bool[np.ndarray, "P E"], topology: Topology
+) -> Int64[np.ndarray, "P E P"]:
     """How many of a rank's tokens for an expert go to which rank: (source, expert, destination).
 
     An expert that is present on the source serves all of the source's tokens; else those of the same node share them
@@ -184,7 +186,7 @@ class Round:
 
 
 def rounds(
-    plan: Int64[np.ndarray, "P E P"], present: Present, rank: int, max_rows: int | None
+    plan: Int64[np.ndarray, "P E P"], present: Bool[np.ndarray, "P E"], rank: int, max_rows: int | None
 ) -> list[Round]:
     """The exchanges of a layer; all ranks find equally many.
 

@@ -11,13 +11,15 @@ from torch import nn
 
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.costs import Costs
-from moesaic.parallel.placement import Counts, Present, Topology, digest
+from moesaic.parallel.measure import measure_costs
+from moesaic.parallel.placement import Present, digest
 from moesaic.parallel.plans import (
     CustomPlanConfig,
     ExpertParallelConfig,
-    Planner,
     PlanError,
+    Planner,
     RememberingPlanner,
+    ReplicateAllConfig,
     build_planner,
     check_plan,
 )
@@ -36,13 +38,28 @@ class Replan:
     """
 
     def __init__(
-        self, model: nn.Module, owned: OwnedExperts, ranks: Ranks, costs: Mapping[str, Costs], topology: Topology
+        self,
+        model: nn.Module,
+        owned: OwnedExperts,
+        ranks: Ranks,
+        *,
+        micro_batches: int = 1,
+        dtype: torch.dtype,
     ) -> None:
-        """`costs` by bank. Raises ValueError for a planner that cannot be built."""
+        """Measure costs, where they are not given, and make the first plans; collective.
+
+        `dtype`: in which layers compute. Raises ValueError for a planner that cannot be built, and PlanError.
+        """
         slots = slots_of(model)
         assert slots is not None
         self.slots: Slots = slots
-        self.owned, self.ranks, self.topology = owned, ranks, topology
+        self.owned, self.ranks, self.topology = owned, ranks, slots.topology
+        if owned.costs is not None:
+            costs = dict.fromkeys(slots.banks, owned.costs)
+        elif isinstance(owned.plan, ExpertParallelConfig | ReplicateAllConfig):
+            costs = dict.fromkeys(slots.banks, Costs(row=0, copy_near=0, copy_far=0, grad_near=0, grad_far=0))
+        else:
+            costs = measure_costs(model, ranks, micro_batches=micro_batches, dtype=dtype)
         self.compared = owned.compare_plans or isinstance(owned.plan, CustomPlanConfig)
         """Whether ranks compare their plans: a planner of the user's own may do anything."""
         self.use(costs)
@@ -144,8 +161,3 @@ class Replan:
             planner = self.planners[name]
             if isinstance(planner, RememberingPlanner) and name in state["planners"]:
                 planner.restore(state["planners"][name])
-
-
-def plans_copies(owned: OwnedExperts | None) -> bool:
-    """Whether there ever are copies."""
-    return owned is not None and not isinstance(owned.plan, ExpertParallelConfig)

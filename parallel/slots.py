@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesaic.moe.experts import Bank
-from moesaic.parallel.placement import OwnerMap
+from moesaic.parallel.placement import OwnerMap, Topology
 
 if TYPE_CHECKING:
     # slow to import, and not needed by a run's first step
@@ -204,12 +204,13 @@ class Slots(nn.ModuleList):
         banks: Sequence["OwnedBank"],
         owners: OwnerMap,
         group: dist.ProcessGroup,
+        topology: Topology,
         copying: "Copying",
     ) -> None:
         """`group` holds the owners of one copy of the model; `owners` numbers them from 0. `copying`: see `banks`."""
         super().__init__(tables)
         self.banks = {bank.name: bank for bank in banks}
-        self.owners, self.group, self.copying = owners, group, copying
+        self.owners, self.group, self.topology, self.copying = owners, group, topology, copying
 
     def __iter__(self) -> Iterator[SlotTable]:
         return super().__iter__()  # type: ignore[return-value]

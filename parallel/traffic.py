@@ -1,7 +1,7 @@
 """What a training step moves between ranks where experts are owned: rows, bytes by class, and waiting.
 
-Rows, counts and waiting are counted where they happen (`AllToAll.traffic`). Bytes of weights and gradients are computed
-from sizes: FSDP2 moves them, always the same ones.
+Rows, counts, copies and waiting are counted where they happen (`AllToAll.traffic`, `Copying`). Bytes of weights and
+gradients are computed from sizes: FSDP2 moves them, always the same ones.
 """
 
 import math
@@ -21,6 +21,7 @@ from moesaic.parallel.shard import (
     sharded_modules,
     slot_tables,
 )
+from moesaic.parallel.slots import slots_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,14 @@ class StepTraffic:
 
     rows: list[int]
     """Rows that came to each rank's experts."""
+    rows_alone: list[int]
+    """Rows that would have come, had there been no copies."""
+    copies: list[int]
+    """Copies that each rank had, counted once for every forward pass of a layer."""
     waited: list[float]
     """Seconds that each rank waited for counts and rows."""
+    waited_for_copies: list[float]
+    """Seconds that each rank waited for copies and their gradients."""
     sent: dict[str, int]
     """Bytes that all ranks together sent to others, by class."""
 
@@ -44,10 +51,12 @@ class StepTraffic:
         """The step as entries of a metrics record. Only waiting differs between two equal runs."""
         record: dict[str, Any] = {
             "traffic/rows": self.rows,
+            "traffic/rows_alone": self.rows_alone,
+            "traffic/copies": self.copies,
             "traffic/rows_max_over_mean": self.max_over_mean,
         }
         record |= {f"traffic/bytes_{name}": size for name, size in self.sent.items()}
-        return record | {"time/waited": self.waited}
+        return record | {"time/waited": self.waited, "time/waited_for_copies": self.waited_for_copies}
 
 
 class Meter:
@@ -58,6 +67,8 @@ class Meter:
         self.ranks = ranks
         found = [layer.dispatcher for _, layer in layers_of(model)]
         self.dispatchers = [dispatcher for dispatcher in found if isinstance(dispatcher, AllToAll)]
+        slots = slots_of(model)
+        self.copying = None if slots is None else slots.copying
         self.dense = (
             dense_bytes(model, ranks, micro_batches=micro_batches, dtype=dtype) if self.dispatchers else {}
         )
@@ -66,23 +77,42 @@ class Meter:
         """Forget what was counted: another step, an evaluation, a sample."""
         for dispatcher in self.dispatchers:
             dispatcher.traffic = Traffic()
+        if self.copying is not None:
+            self.copying.seconds_waited = 0.0
+            self.copying.copies.bytes = self.copying.gradients.bytes = 0
 
     def collect(self) -> StepTraffic | None:
         """What all ranks moved since `reset`; collective, one message. None where no experts are owned."""
-        if not self.dispatchers:
+        if self.copying is None:
             return None
         rank, size = self.ranks.rank, self.ranks.size
         each = [dispatcher.traffic for dispatcher in self.dispatchers]
-        mine = torch.zeros(2 * size + 2, dtype=torch.float64)
-        mine[rank] = sum(traffic.rows for traffic in each)
-        mine[size + rank] = sum(traffic.seconds_waited for traffic in each)
-        mine[-2] = sum(traffic.bytes_tokens for traffic in each)
-        mine[-1] = sum(traffic.bytes_counts for traffic in each)
-        *found, tokens, counts = self.ranks.sum(mine).tolist()
+        of_rank = [
+            sum(traffic.rows for traffic in each),
+            sum(traffic.rows_alone for traffic in each),
+            sum(traffic.copies for traffic in each),
+            sum(traffic.seconds_waited for traffic in each),
+            self.copying.seconds_waited,
+        ]
+        sent = {
+            "tokens": sum(traffic.bytes_tokens for traffic in each),
+            "counts": sum(traffic.bytes_counts for traffic in each),
+            "copies": self.copying.copies.bytes,
+            "copy_gradients": self.copying.gradients.bytes,
+        }
+        mine = torch.zeros(len(of_rank), size, dtype=torch.float64)
+        mine[:, rank] = torch.tensor(of_rank, dtype=torch.float64)
+        numbers = torch.tensor([*sent.values()], dtype=torch.float64)
+        found = self.ranks.sum(torch.cat([mine.flatten(), numbers]))
+        rows, alone, copies, waited, for_copies = found[: mine.numel()].view_as(mine).tolist()
+        totals = found[mine.numel() :].long().tolist()
         return StepTraffic(
-            rows=[int(rows) for rows in found[:size]],
-            waited=found[size:],
-            sent={"tokens": int(tokens), "counts": int(counts), **self.dense},
+            rows=[*map(int, rows)],
+            rows_alone=[*map(int, alone)],
+            copies=[*map(int, copies)],
+            waited=waited,
+            waited_for_copies=for_copies,
+            sent={**dict(zip(sent, totals, strict=True)), **self.dense},
         )
 
 

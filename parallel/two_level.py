@@ -21,8 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moesaic.parallel.all_to_all import uploaded
-from moesaic.parallel.collectives import Arrived, Rows, Steps, Transfer, Wanted, exchange
+from moesaic.parallel.collectives import Arrived, Rows, Steps, Transfer, Wanted, exchange, uploaded
 from moesaic.parallel.placement import Topology
 
 Numbers = Int64[np.ndarray, " n"]

@@ -18,7 +18,9 @@ from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import use_kernels
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import ALONE, Ranks
+from moesaic.parallel.replan import Replan
 from moesaic.parallel.shard import window
+from moesaic.parallel.slots import slots_of
 from moesaic.parallel.storage import DamagedCheckpointError
 from moesaic.train.checkpoints import Checkpoints
 from moesaic.train.config import RunConfig
@@ -48,8 +50,19 @@ def build_trainee(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALO
     """A fresh model on its device, or this rank's part of it, with its optimizer and rules."""
     model = build_model(run, vocab, device, ranks)
     optimizer = build_optimizer(model, run.optim)
-    rules = rules_of(model, optimizer, owned=run.parallel.owned)
+    rules = build_rules(model, optimizer, run, device, ranks)
     return Trainee(model, optimizer, rules, compute_of(run, device), ranks)
+
+
+def build_rules(
+    model: Transformer, optimizer: torch.optim.Optimizer, run: RunConfig, device: Device, ranks: Ranks
+) -> list[Rule]:
+    """The rules of a run. Where copies are planned by what they cost, that is measured now."""
+    owned = run.parallel.owned
+    replan = None
+    if owned is not None and slots_of(model) is not None:
+        replan = Replan(model, owned, ranks, micro_batches=run.train.micro_batches, dtype=device.dtype)
+    return rules_of(model, optimizer, owned=owned, replan=replan)
 
 
 def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE) -> Transformer:

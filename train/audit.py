@@ -24,12 +24,11 @@ from moesaic.parallel.shard import gradient_norm, owned_parameters
 from moesaic.parallel.slots import ExpertRows
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import step as steps
-from moesaic.train.assemble import Trainee, build_model
+from moesaic.train.assemble import Trainee, build_model, build_rules
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.evaluate import evaluate
 from moesaic.train.optim import MuonConfig, build_optimizer
-from moesaic.train.rules import rules_of
 
 LIMIT = 1e-10
 VOCAB, SEQ_LEN, STEPS = 61, 24, 2
@@ -136,7 +135,7 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
     data = replace(run.data, seq_len=SEQ_LEN)
     parallel = run.parallel
     if parallel.owned is not None:  # few steps: experts move at each of them
-        owned = replace(parallel.owned, rebalance=min(parallel.owned.rebalance, 1))
+        owned = replace(parallel.owned, rebalance=min(parallel.owned.rebalance, 1), gradients="fp32")
         parallel = replace(parallel, experts=owned)
     optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
     return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
@@ -205,7 +204,7 @@ def observe(
     trainee = Trainee(
         model,
         optimizer,
-        rules_of(model, optimizer, owned=run.parallel.owned),
+        build_rules(model, optimizer, run, device, ranks),
         steps.Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents),
         ranks,
     )

@@ -18,6 +18,7 @@ from moesaic.moe.topk import balanced_bias
 from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
+from moesaic.parallel.replan import Replan
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.slots import slots_of
 
@@ -128,12 +129,34 @@ class Rebalance:
             reshard(model, self.optimizer, OwnerMap(slots.owners.ranks, owners))
 
 
+@dataclass
+class Plan:
+    """Plans anew, after every step, which ranks get copies of which experts."""
+
+    replan: Replan
+    name: str = "plan"
+
+    def __call__(self, model: Transformer, state: StepState) -> dict[str, float]:
+        return self.replan.step()
+
+    def state(self, model: Transformer) -> dict[str, Any]:
+        return self.replan.state()
+
+    def restore(self, model: Transformer, state: Mapping[str, Any]) -> None:
+        self.replan.restore(state)
+
+
 def rules_of(
-    model: Transformer, optimizer: torch.optim.Optimizer | None = None, *, owned: OwnedExperts | None = None
+    model: Transformer,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    owned: OwnedExperts | None = None,
+    replan: Replan | None = None,
 ) -> list[Rule]:
     """The rules that the configuration asks for: the model's, and with an optimizer those that move its state.
 
-    `owned` says how experts are owned; where the model's have no owners, nothing moves.
+    `owned` says how experts are owned; where the model's have no owners, nothing moves. `replan`: what plans copies,
+    after experts have moved.
     """
     sparse = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     rules: list[Rule] = []
@@ -141,6 +164,8 @@ def rules_of(
         rules.append(balance_bias)
     if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
         rules.append(Rebalance(owned.rebalance, optimizer))
+    if replan is not None:
+        rules.append(Plan(replan))
     return rules
 
 

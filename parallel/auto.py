@@ -1,0 +1,136 @@
+"""The planner that searches: templates of copies, each for the hottest k experts, priced by the cost model.
+
+Dims: P ranks, E experts of a bank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from moesaic.parallel.copies import hottest_first, recent, spread
+from moesaic.parallel.costs import Costs, prefix_times
+from moesaic.parallel.placement import Counts, Present, Topology, no_copies
+
+DEPTH = 48
+"""How many of the hottest experts the templates hold that leave ranks out; copies of colder ones gain little."""
+MILLION = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig:
+    """Copies where the cost model says that they pay, from none to everything everywhere."""
+
+    kind: Literal["auto"] = "auto"
+    window: int = 5
+    """Steps whose counts, added up, predict those of the next."""
+    most_copies: int | None = None
+    """Most experts of a bank that a rank gets copies of; None: all."""
+    margin: float = 0.02
+    """Part of a step's time that a plan must save for the previous one to be given up."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window: {self.window} is not positive; give a number of steps")
+        if self.most_copies is not None and self.most_copies < 0:
+            raise ValueError(
+                f"most_copies: {self.most_copies} is negative; give a number of experts, or null"
+            )
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin: {self.margin} is not in [0, 1); 0 gives a plan up for any gain")
+
+
+class Auto:
+    """Plans for one bank; it remembers its last plan.
+
+    Four templates, each for the hottest k experts of the window: copies on all ranks of the owner's node; one copy on
+    each node; seats in proportion to load, so that no copy serves more than a rank's mean; copies everywhere. The best
+    is taken, of equal ones the first, and no copies before all.
+    """
+
+    exact = False
+
+    def __init__(self, config: AutoConfig, costs: Costs) -> None:
+        self.config, self.costs = config, costs
+        self._last: Present | None = None
+
+    def plan(
+        self, history: Sequence[Counts], exact: Counts | None, owners: tuple[int, ...], topology: Topology
+    ) -> Present:
+        found = no_copies(owners, topology.ranks)
+        if not history:
+            return found
+        counts = recent(history, self.config.window)
+        loads = counts.sum(0)
+        order = hottest_first(loads)
+        heat = _Heat(counts.T[order], loads[order], np.asarray(owners)[order], found.T[order], topology)
+        some = heat.templates(self.config.most_copies)
+        last = self._last if self._last is not None and self._last.shape == found.shape else found
+        last = (last | found).T[order]  # owners may have changed
+        whole = np.stack([np.ones_like(last), last])
+
+        prices = (topology, self.costs, self.config.most_copies)
+        some_times, (all_times, last_times) = (
+            prefix_times(heat.counts, heat.owners, templates, *prices) for templates in (some, whole)
+        )
+        template, k = divmod(int(some_times.argmin()), some_times.shape[1])
+        k_all = int(all_times.argmin())
+        best, before, none = int(some_times[template, k]), int(last_times[-1]), int(all_times[0])
+        chosen = some[template, :k]
+        if all_times[k_all] < best:
+            best, chosen = int(all_times[k_all]), whole[0, :k_all]
+        saved = (before - best) * MILLION
+        if before <= none and saved <= before * round(self.config.margin * MILLION):
+            chosen = last
+        found[:, order[: len(chosen)]] = chosen.T
+        self._last = found.copy()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The last plan, for JSON: the experts on each rank."""
+        if self._last is None:
+            return {"experts": 0, "present": []}
+        return {
+            "experts": self._last.shape[1],
+            "present": [np.flatnonzero(row).tolist() for row in self._last],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._last = np.zeros((len(state["present"]), state["experts"]), bool)
+        for row, experts in zip(self._last, state["present"], strict=True):
+            row[experts] = True
+
+
+@dataclass(frozen=True)
+class _Heat:
+    """A bank's window with the hottest expert first."""
+
+    counts: Int64[np.ndarray, "E P"]
+    loads: Int64[np.ndarray, " E"]
+    owners: Int64[np.ndarray, " E"]
+    alone: Bool[np.ndarray, "E P"]
+    """No copies."""
+    topology: Topology
+
+    def templates(self, most_copies: int | None) -> Bool[np.ndarray, "3 H P"]:
+        """The hottest experts on their owners' nodes, once on each node, and by load."""
+        nodes = self.topology.nodes()
+        own_node = nodes[self.owners[:DEPTH], None] == nodes
+        number = int(nodes[-1]) + 1
+        each_node = self._spread(np.full_like(self.loads, number - 1), most_copies)
+        mean = max(1, -(-int(self.loads.sum()) // self.topology.ranks))
+        seats = np.minimum(-(-self.loads // mean), self.topology.ranks)
+        by_load = self._spread(np.maximum(seats - 1, 0), most_copies)
+        return np.stack([own_node, each_node, by_load])
+
+    def _spread(self, seats: Int64[np.ndarray, " E"], most_copies: int | None) -> Bool[np.ndarray, "H P"]:
+        """So many copies besides the owner, each with an equal part of the load, to ranks that have least of it."""
+        ranks = self.topology.ranks
+        weights = self.loads // (seats + 1)
+        spare = np.zeros(ranks, np.int64)
+        np.subtract.at(spare, self.owners, weights)
+        room = np.full(ranks, len(seats) if most_copies is None else most_copies)
+        return spread(self.alone[:DEPTH], seats[:DEPTH], weights[:DEPTH], spare, room, self.topology)
