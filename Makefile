@@ -17,7 +17,7 @@ EVAL := $(VENV)/installed-eval
 
 help:
 	@echo "make train      install, prepare a corpus and train configs/quickstart.yaml (continues an interrupted run)"
-	@echo "make test       the tests that take under 20 seconds each"
+	@echo "make test       the tests that take seconds each"
 	@echo "make test-slow  the others, and those of lm-eval, which it installs"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      the benchmarks; results go to bench/results/"

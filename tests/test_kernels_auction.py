@@ -17,6 +17,9 @@ from moesaic.kernels.backend import Backend
 BACKENDS: dict[str, Backend] = {"cpp": "auto", "torch": "torch", "triton": "triton"}
 SHAPES = [(256, 16), (250, 7), (64, 64), (33, 4), (7, 3), (5, 7), (2, 2), (1, 5), (9, 1)]
 
+QUICK = [("clusters", (33, 4)), ("clusters", (5, 7)), ("gaussian", (2, 2)), ("gaussian", (9, 1))]
+"""What the interpreter takes on in the fast tests."""
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
@@ -103,12 +106,19 @@ def test_quotas() -> None:
     assert quotas(8, 4) == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        pytest.param(kind, shape, marks=() if (kind, shape) in QUICK else pytest.mark.slow_interpreted)
+        for kind in KINDS
+        for shape in SHAPES
+    ],
+    ids=str,
+)
 def test_quotas_are_exact_and_the_total_is_optimal(
     kind: str, shape: tuple[int, int], backend: Backend
 ) -> None:
-    if backend == "triton" and (shape[0] > 33 or kind not in ("gaussian", "clusters")):
+    if backend == "triton" and shape[0] > 33:
         pytest.skip("slow in the interpreter; other tests compare it with the other engines")
     scores = make(kind, *shape)
     check(scores, balanced_assignment(scores, backend=backend))
@@ -146,7 +156,16 @@ def test_any_scores(data: st.DataObject) -> None:
     assert balanced_assignment(scores).equal(chosen)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=() if kind in ("rank 1", "equal rows", "few values") else pytest.mark.slow_interpreted,
+        )
+        for kind in KINDS
+    ],
+)
 def test_repair_alone_is_optimal(kind: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the price rounds, most tokens move along paths."""
     monkeypatch.setattr(auction, "LEVELS", 0)
@@ -161,7 +180,10 @@ def test_repair_alone_is_optimal(kind: str, backend: Backend, monkeypatch: pytes
     assert chosen.equal(balanced_assignment(scores, backend="torch"))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "scaled row", "1e30", "rank 1", "few values", "clusters"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gaussian", "1e30", "rank 1")]
+
+
+@pytest.mark.parametrize("kind", ["scaled row", "few values", "clusters", *SLOW])
 def test_engines_agree(kind: str) -> None:
     pytest.importorskip("triton")
     scores = make(kind, 75, 6)
@@ -198,7 +220,15 @@ def test_prices_leave_little_to_repair() -> None:
         assert ties or (count - quota).clamp_min(0).sum() < 2048 * 0.05, kind
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow_interpreted),
+        pytest.param(torch.float32, marks=pytest.mark.slow_interpreted),
+        torch.float64,
+    ],
+)
 def test_types_and_strides(dtype: torch.dtype, backend: Backend) -> None:
     scores = make("gaussian", 6, 40).to(dtype).T[:, ::2]  # (40, 3)
     chosen = balanced_assignment(scores, backend=backend)
@@ -215,7 +245,7 @@ def test_scores_that_are_not_finite(backend: Backend) -> None:
         replaced[row, row] = lowest
     scores[7], replaced[7] = float("nan"), lowest
     chosen = balanced_assignment(scores, backend=backend)
-    assert chosen.equal(balanced_assignment(replaced, backend=backend))
+    assert chosen.equal(balanced_assignment(replaced, backend="torch"))
     check(replaced, chosen)
     none = torch.full((10, 4), float("nan"))
     assert balanced_assignment(none, backend=backend).bincount(minlength=4).tolist() == quotas(10, 4)

@@ -140,23 +140,22 @@ def check(case: Case, kind: ExpertKind, dtype: torch.dtype, engine: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(name, marks=pytest.mark.slow_interpreted if name in SLOW else ()) for name in SHAPES],
+)
 def test_equals_a_loop(engine: str, shape: str, dtype: torch.dtype) -> None:
-    if engine == "triton" and shape in SLOW:
-        pytest.skip("takes the interpreter seconds: among the slow tests")
     check(make_case(SHAPES[shape], "swiglu", dtype), "swiglu", dtype, engine)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SLOW)
-def test_the_interpreter_equals_a_loop_at_larger_shapes(shape: str) -> None:
-    if backends.triton_refusal(CPU):
-        pytest.skip(f"{backends.triton_refusal(CPU)}")
-    check(make_case(SHAPES[shape], "swiglu", torch.float32), "swiglu", torch.float32, "triton")
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=pytest.mark.slow_interpreted if kind != "swiglu" and narrow else ())
+        for kind in KINDS
+        for dtype, narrow in zip(TOLERANCE, (False, False, True, True), strict=True)
+    ],
+)
 def test_every_kind(engine: str, kind: ExpertKind, dtype: torch.dtype) -> None:
     check(make_case((19, 16, 8, 4, 2), kind, dtype), kind, dtype, engine)
 
@@ -166,15 +165,19 @@ def test_all_tokens_to_one_expert_and_empty_experts(engine: str) -> None:
     check(make_case((33, 16, 8, 4, 1), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
 
 
+@pytest.mark.slow_interpreted
 def test_many_rows_to_one_expert(engine: str) -> None:
     """More rows than a tile has, and experts before and after it that have none."""
     experts = torch.full((513, 1), 1)
     check(make_case((513, 12, 8, 3, 1), "relu2", torch.float32, experts), "relu2", torch.float32, engine)
 
 
-def test_most_experts_are_empty(engine: str) -> None:
-    many = 512 if engine == "gpu" else 70  # the interpreter is slow
-    experts = torch.tensor([[many - 1, 3], [3, 0], [many - 1, 40]])
+@pytest.mark.parametrize(
+    "many",
+    [21, pytest.param(70, marks=pytest.mark.slow_interpreted), pytest.param(512, marks=pytest.mark.gpu)],
+)
+def test_most_experts_are_empty(engine: str, many: int) -> None:
+    experts = torch.tensor([[many - 1, 3], [3, 0], [many - 1, many // 2]])
     check(make_case((3, 8, 8, many, 2), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
 
 
@@ -312,6 +315,7 @@ def test_rows_that_lie_in_order(engine: str, dtype: torch.dtype) -> None:
         assert largest_error(ours.detach().double().cpu(), theirs.detach()) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow_interpreted
 def test_op_is_consistent_and_compiles_whole(engine: str) -> None:
     case = make_case((6, 8, 8, 3, 2), "swiglu", torch.float32)
     device, backend = device_of(engine), backend_of(engine)

@@ -1,6 +1,7 @@
 """The compiled kernels of the CPU: how they are built, when they serve, and that threads change no bit."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -33,9 +34,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (sources / name).write_bytes((native.SOURCES / name).read_bytes())
     monkeypatch.setattr(native, "SOURCES", sources)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
-    native._built.cache_clear()
-    yield tmp_path
-    native._built.cache_clear()
+    monkeypatch.setattr(native, "_built", functools.cache(native._built.__wrapped__))
+    return tmp_path
 
 
 @needs_compiler

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel import all_to_all
+from moesaic.parallel import all_to_all, spawn
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.ranks import RankGoneError, Ranks, joined, ranks_of
@@ -75,7 +75,9 @@ def test_a_killed_rank(number: int, waited: str) -> None:
     assert f"RankGoneError: waiting for {waited}: rank 1 is gone or stuck (" in told
 
 
-def test_a_stopped_rank_is_given_up_after_the_configured_time() -> None:
+def test_a_stopped_rank_is_given_up_after_the_configured_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn, "LAST_WORDS", 0.5)  # a stopped rank has none
+
     def work() -> None:
         strike(3, signal.SIGSTOP)
         one_step(ranks_of(OWNED, "cpu"))

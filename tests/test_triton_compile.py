@@ -32,6 +32,7 @@ def problems(*arguments: str) -> dict[str, list[str]]:
     return {f"{r['name']} {r['target']}": r["problems"] for r in results if r["problems"]}
 
 
+@pytest.mark.slow
 def test_a_kernel_compiles_for_hopper() -> None:
     assert problems("--only", "expert_mlp hidden, many rows, fp16", "--targets", "sm_90") == {}
 
