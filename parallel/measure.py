@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.moe.layer import MoE
-from moesaic.moe.routing import Routing
+from moesaic.kernels.plan import plan_choice
+from moesaic.moe.experts import Experts
 from moesaic.parallel.all_to_all import AllToAll, Traffic
 from moesaic.parallel.banks import Gather, OwnedBank
 from moesaic.parallel.costs import LONGEST, Costs
@@ -51,7 +51,7 @@ def measure_costs(
             bank = layer.dispatcher.bank
             shape = (*bank.table.shape, *bank.table.out, bank.owners)
             if shape not in shapes:
-                mine = _Layer(layer, layer.dispatcher, dtype).costs()
+                mine = _Layer(layer.experts, layer.dispatcher, dtype).costs()
                 shapes[shape] = _slowest(mine, ranks)
             found[bank.name] = shapes[shape]
     return {
@@ -107,8 +107,8 @@ def _slowest(mine: Costs, ranks: Ranks) -> Costs:
 class _Layer:
     """One layer, with made-up tokens."""
 
-    def __init__(self, layer: MoE, dispatcher: AllToAll, dtype: torch.dtype) -> None:
-        self.layer, self.dispatcher, self.dtype = layer, dispatcher, dtype
+    def __init__(self, experts: Experts, dispatcher: AllToAll, dtype: torch.dtype) -> None:
+        self.experts, self.dispatcher, self.dtype = experts, dispatcher, dtype
         self.bank: OwnedBank = dispatcher.bank
         self.topology = dispatcher.topology
         self.size = max(1, min(MOST, *(bank_of.sum() for bank_of in self.bank.alone)))
@@ -165,8 +165,7 @@ class _Layer:
         tokens = each * len(chosen)
         picks = torch.from_numpy(np.resize(chosen, tokens)).to(device)[:, None]
         gates = torch.ones(tokens, 1, device=device, requires_grad=True)
-        unused = torch.zeros(tokens, len(bank.owners), device=device)
-        routing = Routing.token_choice(picks, gates, probabilities=unused, logits=unused)
+        plan = plan_choice(picks, len(bank.owners))
         width = bank.table.out[0]
         x = torch.randn(tokens, width, device=device, dtype=self.dtype, requires_grad=True)
         grad = torch.ones_like(x)
@@ -174,10 +173,11 @@ class _Layer:
         def once() -> None:
             bank.present = bank.alone if present is None else present
             planner, bank.planner = bank.planner, None
+            inputs = (x, gates.flatten(), plan, self.experts)
             if self.dispatcher.recomputed:
-                y = checkpoint(self.layer, x, routing, use_reentrant=False, preserve_rng_state=False)
+                y = checkpoint(self.dispatcher.run, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                y = self.layer(x, routing)
+                y = self.dispatcher.run(*inputs)
             torch.autograd.backward(y, grad)
             bank.copying.finish()
             bank.present, bank.planner = bank.alone, planner
