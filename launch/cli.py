@@ -432,6 +432,7 @@ def _inspect(config: str, overrides: list[str], ranks: int | None) -> dict[str, 
     from moesaic.train.device import choose_device, precision_name
     from moesaic.train.memory import estimate
     from moesaic.train.optim import parameter_groups
+    from moesaic.train.words import layout_in_words
 
     vocab = vocab_of(run.data)
     model = account(run.model, vocab, seq_len=run.data.seq_len)
@@ -452,6 +453,7 @@ def _inspect(config: str, overrides: list[str], ranks: int | None) -> dict[str, 
         "precision": precision_name(device.dtype),
         "precision_reason": device.why_dtype,
         "ranks": ranks,
+        "layout": layout_in_words(run, ranks),
         "memory": estimate(run, vocab, dtype=device.dtype, device=device.device.type, ranks=ranks),
     }
 

@@ -30,6 +30,7 @@ def inspect_view(facts: Mapping[str, Any]) -> RenderableType:
     )
     _row(table, "  arithmetic", flops(training["flops"]))
     _row(table, "precision", facts["precision"], f"on {facts['device']}; {facts['precision_reason']}")
+    _row(table, "layout", facts["layout"])
     _row(
         table,
         "memory" if facts["ranks"] == 1 else f"memory, each of {facts['ranks']} processes",
@@ -37,7 +38,7 @@ def inspect_view(facts: Mapping[str, Any]) -> RenderableType:
         "estimated; work space of single operations comes on top",
     )
     for name, value in memory.items():
-        _row(table, f"  {name}", size(value))
+        _row(table, f"  {name.replace('_', ' ')}", size(value))
     return table
 
 

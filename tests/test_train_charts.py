@@ -12,13 +12,12 @@ from moesaic.train.charts import (
     Curve,
     LoadMap,
     Series,
-    WaitMap,
     line_chart,
     load_chart,
     smooth,
     thin,
-    wait_chart,
 )
+from moesaic.train.rank_charts import RankMap, rows_chart, stack_chart, wait_chart
 
 DATA = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)\"")
 
@@ -125,7 +124,7 @@ def test_experts_that_share_a_row_show_the_one_farthest_from_balance():
 
 def test_waiting_has_more_colour_the_longer_it_is_and_unknown_ranks_are_grey():
     share = np.array([[0.0, 0.0], [0.25, 0.25], [0.5, 0.9], [np.nan, 0.0]])
-    svg = wait_chart(WaitMap(np.array([100.0, 200.0]), share), key="x")
+    svg = wait_chart(RankMap(np.array([100.0, 200.0]), share), key="x")
     assert [text for text in texts(svg) if text.isdecimal() and len(text) == 1][-4:] == ["0", "1", "2", "3"]
     pixels = image(svg)
     none, quarter, half, unknown = pixels[:, 0]
@@ -140,8 +139,30 @@ def test_waiting_has_more_colour_the_longer_it_is_and_unknown_ranks_are_grey():
 def test_ranks_that_share_a_row_show_the_one_that_waited_longest():
     share = np.zeros((2000, 2))
     share[1001] = 0.5
-    svg = wait_chart(WaitMap(np.array([1.0, 2.0]), share), key="x")
+    svg = wait_chart(RankMap(np.array([1.0, 2.0]), share), key="x")
     pixels = image(svg)
     assert len(pixels) < 1000
     assert (pixels[:, 0, 3] == 1).sum() == 1
     assert len(svg) < 100_000
+
+
+def test_rows_of_ranks_have_one_scale() -> None:
+    """From half of the mean to twice the mean, whatever the run; the end colour goes no further."""
+    rows = RankMap(np.array([100.0, 200.0]), np.array([[2.0, 1.0], [0.5, 8.0]]))
+    pixels = image(rows_chart(rows, key="r"))
+    alpha = pixels[..., 3]
+    height, width = alpha.shape
+    top, bottom = alpha[height // 4], alpha[3 * height // 4]
+    assert top[width // 4] == bottom[width // 4] == bottom[3 * width // 4] == 1
+    assert top[3 * width // 4] < 0.05
+    assert pixels[height // 4, width // 4].tolist() != pixels[3 * height // 4, width // 4].tolist()
+
+
+def test_a_stack_ends_at_the_sum() -> None:
+    curves = [Curve(series=series(*[value] * 900), color=color) for color, value in enumerate((3e6, 1e6))]
+    svg = stack_chart(curves, key="s", unit="bytes")
+    assert {"0", "4M", "bytes"} <= set(texts(svg))
+    assert len(svg) < 60_000
+    assert "var(--c0)" in svg
+    assert "var(--c1)" in svg
+    assert "<svg" in stack_chart([Curve(series=series(5))], key="one", unit="bytes")

@@ -1,5 +1,6 @@
 """The estimate of a rank's memory, against a model that is really sharded, over ranks that are not there."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -78,3 +79,29 @@ def test_muon_keeps_one_tensor_per_matrix(pretended: int, monkeypatch: pytest.Mo
     assert estimated["optimizer"] == sum(local(t).numel() * t.element_size() for t in kept)
     adam = estimate(replace(run, optim=read_run("quickstart", SIZES, world_size=8).optim), 4096, ranks=8)
     assert estimated["optimizer"] < adam["optimizer"] == 2 * adam["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("plan.kind=expert_parallel", 0),
+        ("plan.kind=replicate_all", 7 * (6 + 2) * 2),
+        ("plan.kind=auto", 7 * (6 + 2) * 2),
+        ("plan={kind: auto, most_copies: 2}", 2 * (6 + 2) * 2),
+        ("plan={kind: hecate, most_copies: 9}", 7 * (6 + 2) * 2),
+        ("plan.kind=auto rematerialize=true", 7 * (2 + 2) * 2),
+        ("plan.kind=auto rematerialize=true prefetch=0", 7 * (1 + 2) * 2),
+        ("plan.kind=auto accumulate=last", 7 * ((6 + 2) * 2 + 6 * (4 + 2))),
+        ("plan.kind=auto accumulate=last rematerialize=true", 7 * ((2 + 2) * 2 + 6 * 4)),
+    ],
+)
+def test_copies_may_take_so_much(settings: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 experts of 6 layers on 8 ranks in bf16: in numbers of an expert's bytes."""
+    given = [f"parallel.experts.{one}" for one in re.split(r" (?=\w+=)", settings)]
+    changes = ["parallel.experts.kind=owned", "model.layers=7", "model.ffn.num_experts=8", *given]
+    run = read_run("debug", ["train.micro_batch_tokens=2048", *changes], world_size=8)
+    monkeypatch.setattr(memory, "saved_bytes", lambda *_: 0)
+    found = estimate(run, 256, ranks=8, dtype=torch.bfloat16)
+    assert found.get("copies_up_to", 0) == expected * 3 * 64 * 64
+    assert ("copies_up_to" in found) == bool(expected)
+    assert "copies_up_to" not in estimate(run, 256)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.data.loader import Loader
 from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.names import logical_tensors
 from moesaic.parallel.checkpoint import read_meta, read_tensors
+from moesaic.parallel.costs import Costs
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.shard import replicated_parameters, slot_tables
 from moesaic.parallel.spawn import run_ranks
@@ -32,7 +35,7 @@ from moesaic.train.nonfinite import bad_gradient, bad_weight
 from moesaic.train.optim import build_optimizer
 from moesaic.train.rules import restore_rules, rules_of, states_of
 from moesaic.train.step import Compute, accumulate, update
-from moesaic.train.words import layout_in_words
+from moesaic.train.words import costs_in_words, costs_to_paste, layout_in_words
 
 VOCAB = 61
 
@@ -238,7 +241,7 @@ def test_ranks_that_own_experts_tell_what_travelled(tmp_path: Path, monkeypatch:
 
 def test_layouts_in_words(tmp_path: Path) -> None:
     def words(ranks: int, *settings: str) -> str:
-        return layout_in_words(tiny(tmp_path, *settings), Ranks(size=ranks))
+        return layout_in_words(tiny(tmp_path, *settings), ranks)
 
     owned = "parallel.experts.kind=owned"
     assert words(1, owned) == "1 process"
@@ -249,6 +252,50 @@ def test_layouts_in_words(tmp_path: Path) -> None:
     assert words(4, owned, "parallel.dp_replicate=2", "parallel.experts.max_rows=1000") == (
         "4 processes: dp_replicate 2 x dp_shard 2, experts owned (4 each) in rounds of up to 1,000 rows"
     )
+    auto = "parallel.experts.plan={kind: auto, most_copies: 2}"
+    assert words(2, owned, auto) == words(2, owned) + ", copies by auto (up to 2 a rank)"
+    assert words(2, owned, "parallel.experts.rematerialize=true") == words(2, owned)
+    mine = "parallel.experts.plan={kind: custom, planner: 'my.plans:Two'}"
+    freed = words(2, owned, mine, "parallel.experts.rematerialize=true", "parallel.experts.max_rows=9")
+    assert freed == words(2, owned) + ", copies by my.plans:Two, freed after use in rounds of up to 9 rows"
+
+
+def test_a_run_tells_what_copies_cost_and_how_many_there_are(tmp_path: Path) -> None:
+    auto = ("parallel.experts.kind=owned", "parallel.experts.plan.kind=auto", "train.steps=6", "log.every=2")
+    run = tiny(tmp_path, *auto, "eval.every=0", "checkpoint.every=0")
+    given = replace(
+        run.parallel.experts, costs=Costs(row=10**6, copy_near=1, copy_far=1, grad_near=1, grad_far=1)
+    )
+    runs = [run, replace(run, name="given", parallel=replace(run.parallel, experts=given))]
+
+    def work() -> list[int]:
+        return [
+            session.train(one, run_to_yaml(one), resume=False, profile=False, command=["test"])
+            for one in runs
+        ]
+
+    assert run_ranks(work, 2) == [[0, 0], [0, 0]]
+    measured, told = ((Path(one.dir) / one.name / "log.txt").read_text() for one in runs)
+    assert ", copies by auto" in measured
+    assert "costs      layer" in measured
+    assert len(re.findall(r"costs of layer.*: \{row: \d+, .*\}; as parallel.experts.costs", measured)) == 1
+    assert "costs of" not in told
+    assert re.search(r"step 6/6 .*  copies [1-9]", told)
+
+
+def test_costs_in_words_and_as_a_config() -> None:
+    near = Costs(
+        row=1_234_000, row_near=5000, copy_near=7_000_000, copy_far=0, grad_near=80_000_000, grad_far=0
+    )
+    far = replace(near, row_near=0, row_far=20_000, copy_near=0, copy_far=9_000_000, micro_batches=2)
+    found = {"layer1": near, "layer2": far, "layer3": near}
+    assert costs_in_words(found) == [
+        "layer1 to layer3 (2 banks): a row 1.23 us, its trip 0.005 us, a copy 7 us, its gradient 80 us",
+        "layer2: a row 1.23 us, its trip 0.02 us between nodes, a copy 9 us between nodes, its gradient 80 us",
+    ]
+    pasted = [line.partition(": ") for line in costs_to_paste(found)]
+    assert [name for name, _, _ in pasted] == ["costs of layer1 to layer3 (2 banks)", "costs of layer2"]
+    assert [Costs(**yaml.safe_load(text)) for _, _, text in pasted] == [near, far]
 
 
 def test_an_existing_run_is_refused_on_every_rank(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from moesaic.train.report import render, write_report
 from moesaic.train.run_log import ReportError, read_log
 
 CONFIG: dict[str, Any] = {"name": "tiny", "train": {"steps": 40, "batch_tokens": 64}, "optim": {"lr": 0.1}}
+RANK_CHARTS = [f"report_ranks.{name}" for name in ("wait_chart", "rows_chart", "stack_chart")]
 START = {"started": "2030-01-01", "command": "moesaic train tiny", "packages": {"torch": "2.99"}, "gpus": []}
 
 
@@ -35,8 +36,8 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        for name in ("line_chart", "load_chart", "wait_chart"):
-            monkeypatch.setattr(f"moesaic.train.report.{name}", lambda *_, **__: "<svg></svg>")
+        for name in ("figures.line_chart", "report.load_chart", *RANK_CHARTS):
+            monkeypatch.setattr(f"moesaic.train.{name}", lambda *_, **__: "<svg></svg>")
 
 
 def make_run(folder: Path, *, name: str = "tiny", layers: int = 2, records: int = 20) -> Path:
@@ -168,9 +169,11 @@ def own(folder: Path, waited: dict[int, list[float]], *, sent: int = 3 << 20) ->
 
 def test_ranks_that_own_experts_have_a_section(tmp_path: Path, drawn: None) -> None:
     log = read_log(own(make_run(tmp_path / "a"), {0: [0.05, 0.1]}))
-    assert log.waits is not None
-    assert log.waits.share[:, 3] == pytest.approx([0.1, 0.2])  # a step takes 64 / 128 seconds
-    assert log.waits.tokens[[0, -1]].tolist() == [2 * 64, 40 * 64]
+    assert "time/waited" in log.of_ranks
+    assert log.of_ranks["time/waited"].values[:, 3] == pytest.approx(
+        [0.1, 0.2]
+    )  # a step takes 64 / 128 seconds
+    assert log.of_ranks["time/waited"].tokens[[0, -1]].tolist() == [2 * 64, 40 * 64]
     page = render([log])
     assert "<h2>Ranks</h2>" in page
     assert titles(page)[7:10] == ["Waiting", "Rows of the busiest rank", "Bytes sent"]
@@ -186,9 +189,15 @@ def test_ranks_that_own_experts_have_a_section(tmp_path: Path, drawn: None) -> N
 def test_a_run_on_changing_ranks_has_gaps_in_its_map(tmp_path: Path, drawn: None) -> None:
     waits = {0: [], 10: [0.1], 20: [0.1, 0.2, 0.3], 30: [0.1, 0.2]}
     log = read_log(own(make_run(tmp_path / "a"), waits))
-    assert log.waits is not None
-    assert log.waits.share.shape[0] == 3
-    of_step = dict(zip((log.waits.tokens / 64).tolist(), log.waits.share.T.tolist(), strict=True))
+    assert "time/waited" in log.of_ranks
+    assert log.of_ranks["time/waited"].values.shape[0] == 3
+    of_step = dict(
+        zip(
+            (log.of_ranks["time/waited"].tokens / 64).tolist(),
+            log.of_ranks["time/waited"].values.T.tolist(),
+            strict=True,
+        )
+    )
     assert of_step[8] == pytest.approx([math.nan] * 3, nan_ok=True)
     assert of_step[12] == pytest.approx([0.2, math.nan, math.nan], nan_ok=True)
     assert of_step[22] == pytest.approx([0.2, 0.4, 0.6])
@@ -198,7 +207,7 @@ def test_a_run_on_changing_ranks_has_gaps_in_its_map(tmp_path: Path, drawn: None
 
 def test_runs_with_and_without_owned_experts_are_compared(tmp_path: Path) -> None:
     plain = make_run(tmp_path / "a", name="plain")
-    assert read_log(plain).waits is None
+    assert read_log(plain).of_ranks == {}
     assert "<h2>Ranks</h2>" not in render([read_log(plain)])
     owned = [
         own(make_run(tmp_path / name, name=name), {0: [0.1] * 2}, sent=sent << 10)
@@ -209,6 +218,56 @@ def test_runs_with_and_without_owned_experts_are_compared(tmp_path: Path) -> Non
     assert "Waiting: plain" not in titles(page)
     assert "<thead><tr><th>class</th><th>&lt;two&gt;</th><th>four</th><th>what</th></tr></thead>" in page
     assert "<tr><th>tokens</th><td>2.00 KiB</td><td>4.00 KiB</td>" in page
+
+
+def copy(folder: Path) -> Path:
+    """Let a run's records tell of two ranks, of which the first has most rows, and of copies from step 20 on."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "train/loss" in line:
+            late = line["step"] >= 20
+            line |= {"traffic/rows": [4, 4] if late else [6, 2], "traffic/rows_alone": [6, 2]}
+            line |= {"traffic/rows_max_over_mean": 1.0 if late else 1.5, "traffic/copies": [0, 6 * late]}
+            line |= {"traffic/bytes_copies": late << 20, "traffic/bytes_copy_gradients": late << 20}
+            line |= {"plan/copies": 3.0 * late, "plan/changed": float(line["step"] == 20)}
+            line |= {"time/waited": [0.1, 0.0], "time/waited_for_copies": [0.0, 0.05]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_copies_have_charts_of_their_own(tmp_path: Path, drawn: None) -> None:
+    folder = copy(make_run(tmp_path / "a"))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"micro_batch_tokens": 32}})
+    )
+    log = read_log(folder)
+    assert log.copied
+    rows, alone = (
+        log.of_ranks[name].values[:, [0, -1]].T.tolist() for name in ("traffic/rows", "traffic/rows_alone")
+    )
+    assert (rows, alone) == ([[1.5, 0.5], [1.0, 1.0]], [[1.5, 0.5], [1.5, 0.5]])
+    assert log.of_ranks["time/waited_for_copies"].values[:, 0] == pytest.approx([0.0, 0.1])
+    assert log.of("traffic/rows_alone_max_over_mean").values[-1] == 1.5
+    assert log.of("traffic/copies_used").values[-1] == 3.0  # six in two micro-batches
+    page = render([log])
+    ranks = titles(page)[7:16]
+    assert ranks == [
+        "Waiting",
+        "Waiting for copies",
+        "Rows of each rank",
+        "Rows of each rank without copies",
+        "Rows of the busiest rank",
+        "Copies",
+        "Bytes by class",
+        "Changes of plan",
+        "Bytes sent",
+    ]
+    assert page.count("<span>&le; &frac12;</span><i></i><span>&ge; 2</span>") == 2
+    assert "no such rank" not in page
+    assert "<tr><th>copy gradients</th><td>" in page
+    without = titles(render([read_log(own(make_run(tmp_path / "b"), {0: [0.1, 0.1]}))]))
+    assert not {"Copies", "Bytes by class", "Waiting for copies"} & set(without)
 
 
 def test_several_runs_share_charts_and_a_table(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_start_table_tells_every_fact():
     ):
         assert fact in shown
     assert "logits" not in shown  # nothing to show
+    assert "costs" not in shown
+    copied = replace(
+        START, costs=("layer1: a row 1 us", "layer2: a row 2 us"), memory={"copies_up_to": 1 << 20}
+    )
+    shown = render(start_view(copied), width=100)
+    assert "costs      layer1: a row 1 us" in shown
+    assert "copies up to 1.00 MiB" in shown
     assert "resumed" not in shown
 
 
@@ -124,6 +131,8 @@ def test_the_load_of_ranks_stands_last_where_it_fits():
     assert lines[80] == render(progress_view(FULL, total=600, eta=None))
     assert lines[100].splitlines()[1].endswith("  mem 1.20 GiB  rank load 1.23")
     assert "  mem 1.20 GiB  rank load 1.23  lr " in progress_line(owned, total=600, eta=None)
+    copied = progress_line(replace(owned, copies=12), total=600, eta=None)
+    assert "  rank load 1.23  copies 12  lr " in copied
 
 
 def test_progress_leaves_out_what_is_unknown():

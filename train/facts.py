@@ -33,7 +33,9 @@ class Start:
     kernels: str
     """What computes: compiled kernels, or torch and why."""
     layout: str
-    """Processes, mesh, recomputation, compilation."""
+    """Processes, mesh, owners and copies of experts, recomputation, compilation."""
+    costs: Sequence[str] = ()
+    """What was measured for planners of copies, a line for each kind of bank; empty where nothing was."""
     corpus: str
     documents: int
     train_tokens: int
@@ -63,6 +65,8 @@ class Progress:
     """Largest max / mean expert load over the layers."""
     rank_imbalance: float | None = None
     """Max / mean rows of the ranks in the last step that was recorded; where experts are owned."""
+    copies: int | None = None
+    """Copies that ranks had of others' experts in that step, all layers together; where a planner may ask for some."""
     memory: int | None = None
     """Bytes in use by this process (CPU) or on this device."""
     learning_rate: float | None = None

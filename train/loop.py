@@ -11,6 +11,7 @@ import torch
 from moesaic.data.loader import Batch, Batches
 from moesaic.data.mixture import Mixture
 from moesaic.data.prepared import Prepared
+from moesaic.parallel.plans import ExpertParallelConfig
 from moesaic.parallel.traffic import Meter
 from moesaic.train.assemble import Trainee
 from moesaic.train.checkpoints import Checkpoints
@@ -68,6 +69,9 @@ class Loop:
         trainee, parts = self.trainee, self.config.train.micro_batches
         self.meter = Meter(trainee.model, trainee.ranks, micro_batches=parts, dtype=trainee.compute.dtype)
         self.rank_imbalance: float | None = None
+        self.copies: int | None = None
+        owned = self.config.parallel.owned
+        self.may_copy = owned is not None and not isinstance(owned.plan, ExpertParallelConfig)
 
     def run(self, stop: StopRequest) -> str:
         """Train from the tally's step on. A stop request is honoured after the step, and saved."""
@@ -139,6 +143,8 @@ class Loop:
         traffic = self.meter.collect() if due else None
         if traffic is not None:
             self.rank_imbalance = traffic.max_over_mean
+            if self.may_copy:
+                self.copies = sum(traffic.copies) // self.config.train.micro_batches
         speed = sums.tokens / seconds
         progress = Progress(
             step=step,
@@ -148,6 +154,7 @@ class Loop:
             mfu=speed * self.flops_per_token / self.peak if self.peak else None,
             imbalance=imbalance(self.loads),
             rank_imbalance=self.rank_imbalance,
+            copies=self.copies,
             memory=peak_memory(self.device.device),
             learning_rate=metrics["lr"],
             grad_norm=metrics["grad_norm"],

@@ -14,8 +14,10 @@ from moesaic.models.transformer import Transformer
 from moesaic.moe.balance import aux_loss
 from moesaic.moe.experts import Bank
 from moesaic.moe.layer import MoE
+from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.placement import even_owners
+from moesaic.parallel.plans import ExpertParallelConfig
 from moesaic.parallel.shard import replicated_parameters, shard_dim
 from moesaic.train.config import RunConfig
 from moesaic.train.optim import MuonConfig
@@ -29,7 +31,7 @@ def estimate(
     run: RunConfig, vocab: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", ranks: int = 1
 ) -> dict[str, int]:
     """Bytes of one rank by class: weights, gradients, optimizer, matrices gathered for a block and the one before it,
-    activations kept for the backward pass, a chunk of logits.
+    activations kept for the backward pass, a chunk of logits, and the most that copies of others' experts may take.
 
     Nothing is allocated. Working memory of single operations comes on top.
     """
@@ -64,6 +66,10 @@ def estimate(
     }
     if ranks > 1:
         found["gathered"] = gathered_bytes(model, whole | owned, dtype)
+    if owned and run.parallel.owned is not None:
+        again = run.parallel.recompute == "block"
+        copies = copied_bytes(model, run.parallel.owned, shards, dtype, recomputed=again)
+        found |= {"copies_up_to": copies} if copies else {}
     if owned and run.parallel.recompute == "none":
         found["activations"] += travelling_bytes(model, rows * run.data.seq_len, dtype)
     return found
@@ -86,6 +92,41 @@ def owned_bytes(model: Transformer, ranks: int) -> int:
     return max(
         sum(size * len(owners.experts(name, rank)) for name, size in sizes.items()) for rank in range(ranks)
     )
+
+
+def copied_bytes(
+    model: Transformer, owned: OwnedExperts, ranks: int, dtype: torch.dtype, *, recomputed: bool
+) -> int:
+    """The most that copies and their gradients take on a rank, which plans may stay far below.
+
+    In the compute type: copies of all layers, or where they are freed after use, of one layer and of those that are
+    sent for ahead. Gradients of the layer that is computed, and of one whose gradients are under way; in the masters'
+    type of all banks, where they wait for the last micro-batch, for which what arrived is kept too.
+    """
+    if isinstance(owned.plan, ExpertParallelConfig):
+        return 0
+    width = torch.finfo(dtype).bits // 8
+    most = getattr(owned.plan, "most_copies", None)
+    of_layers, of_banks, wide = [], {}, 0
+    for block in model.blocks:
+        if not isinstance(block.ffn, MoE):
+            continue
+        bank = block.ffn.experts.source
+        assert isinstance(bank, Bank)
+        spare = bank.num_experts - bank.num_experts // ranks
+        copies = spare if most is None else min(most, spare)
+        of_layers.append(copies * sum(p.numel() for p in bank.parameters()) // bank.num_experts)
+        of_banks[bank.name] = of_layers[-1]
+        wide = max(width, *(p.element_size() for p in bank.parameters()))
+    freed = owned.rematerialize or recomputed
+    in_flight = min(len(of_layers), 1 + owned.prefetch) if freed else len(of_layers)
+    weights = max(sum(of_layers[first : first + in_flight]) for first in range(len(of_layers)))
+    gradients = min(2, len(of_layers)) * max(of_layers)
+    total = (weights + gradients) * width
+    if owned.accumulate == "last":
+        kept = 0 if owned.rematerialize else width
+        total += sum(of_banks.values()) * (wide + kept)
+    return total
 
 
 def travelling_bytes(model: Transformer, tokens: int, dtype: torch.dtype) -> int:

@@ -17,7 +17,9 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.topk import balanced_bias
 from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
+from moesaic.parallel.costs import Costs
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
+from moesaic.parallel.plans import ExpertParallelConfig, ReplicateAllConfig
 from moesaic.parallel.replan import Replan
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.slots import slots_of
@@ -172,6 +174,15 @@ def rules_of(
 def states_of(rules: Iterable[Rule], model: Transformer) -> dict[str, Any]:
     """What the rules remember, by their names; JSON."""
     return {rule.name: rule.state(model) for rule in rules if isinstance(rule, Remembering)}
+
+
+def measured_costs(rules: Iterable[Rule]) -> Mapping[str, Costs]:
+    """Prices by bank that were measured for planners; none where they are given, or where no planner asks for them."""
+    for rule in rules:
+        if isinstance(rule, Plan) and rule.replan.owned.costs is None:
+            asked = not isinstance(rule.replan.owned.plan, ExpertParallelConfig | ReplicateAllConfig)
+            return rule.replan.costs if asked else {}
+    return {}
 
 
 def restore_rules(rules: Iterable[Rule], model: Transformer, states: Mapping[str, Any]) -> None:

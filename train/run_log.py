@@ -7,7 +7,7 @@ with file and remedy. This module knows nothing of models: whoever does gives th
 import json
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +15,18 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from moesaic.train.charts import LoadMap, Series, WaitMap
+from moesaic.train.charts import LoadMap, Series
+from moesaic.train.rank_charts import RankMap
 from moesaic.train.writers import each_record
 
 COLUMNS = 300
-"""Points in time of a load map or a wait map."""
+"""Points in time of a map."""
 _SHOWN = re.compile(
     r"train/(loss|bits_per_byte|lr|grad_norm)|eval/(loss|bits_per_byte)|experts/(max_vio|load_entropy|dead)"
-    r"|time/(seconds|tokens_per_second|memory)|traffic/(rows_max_over_mean|bytes_\w+)|layer_\d+/(max_vio|load_entropy|router_entropy|dead)"
+    r"|time/(seconds|tokens_per_second|memory)|traffic/(rows_max_over_mean|rows_alone_max_over_mean|copies_used|bytes_\w+)|plan/(copies|changed)|layer_\d+/(max_vio|load_entropy|router_entropy|dead)"
 )
 _SENT = "traffic/bytes_"
+_OF_RANKS = ("time/waited", "time/waited_for_copies", "traffic/rows", "traffic/rows_alone")
 _LOAD = re.compile(r"layer_(\d+)/load")
 _SAMPLE = re.compile(r"^=== step (\d+), sample (\d+)\n", re.MULTILINE)
 _TEXTS, _LETTERS = 12, 4000  # the newest texts, and the first characters of each
@@ -57,8 +59,8 @@ class RunLog:
     """The scalars of metrics.jsonl that a report shows."""
     loads: LoadMap | None
     """None for a dense run."""
-    waits: WaitMap | None
-    """None for a run whose ranks do not own experts."""
+    of_ranks: Mapping[str, RankMap]
+    """What ranks that own experts had in each step, by the names of `_OF_RANKS`; empty for other runs."""
     step: int
     """Of the last record."""
     tokens: float
@@ -82,6 +84,11 @@ class RunLog:
         """Bytes that all ranks together sent in a step, by class; a mean over the records."""
         found = {name: self.of(name).finite().values for name in self.series if name.startswith(_SENT)}
         return {name.removeprefix(_SENT): values.mean() for name, values in found.items() if len(values)}
+
+    @property
+    def copied(self) -> bool:
+        """Whether experts were copied."""
+        return self.sent.get("copies", 0) > 0
 
     @property
     def steps(self) -> int | None:
@@ -130,8 +137,10 @@ def read_log(folder: Path) -> RunLog:
     if not isinstance(config, dict):
         raise ReportError(f"{path}: is not a mapping; put the run's configuration back")
     notes: list[str] = []
-    numbers = _Numbers(folder / "metrics.jsonl", notes)
-    per_step = numbers.tokens_per_step or _whole(config, "batch_tokens") or 1
+    batch = _whole(config, "batch_tokens") or 1
+    micro_batches = batch // (_whole(config, "micro_batch_tokens") or batch)
+    numbers = _Numbers(folder / "metrics.jsonl", notes, max(1, micro_batches))
+    per_step = numbers.tokens_per_step or batch
     return RunLog(
         folder=folder,
         name=str(config.get("name", folder.name)),
@@ -140,7 +149,7 @@ def read_log(folder: Path) -> RunLog:
         starts=_read_starts(folder / "environment.json", notes),
         series=numbers.series(per_step),
         loads=numbers.loads(),
-        waits=numbers.waits(),
+        of_ranks=numbers.of_ranks(),
         step=numbers.step,
         tokens=numbers.step * per_step,
         samples=_read_samples(folder / "samples.txt", notes),
@@ -161,46 +170,47 @@ class _Load:
     """(COLUMNS, E): the shares of the records of a column, added up."""
 
 
-class _Waits:
-    """Shares of steps that ranks waited, added up by column. A run may go on with another number of ranks."""
+class _OfRanks:
+    """Numbers of ranks, added up by column. A run may go on with another number of ranks."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((COLUMNS, 0))
         self.counts = np.zeros((COLUMNS, 0))
         self.ends = np.zeros(COLUMNS)
 
-    def add(self, column: int, step: int, shares: np.ndarray) -> None:
-        missing = len(shares) - self.sums.shape[1]
+    def add(self, column: int, step: int, values: np.ndarray) -> None:
+        missing = len(values) - self.sums.shape[1]
         if missing > 0:
             self.sums, self.counts = (np.pad(a, ((0, 0), (0, missing))) for a in (self.sums, self.counts))
-        known = np.isfinite(shares)
-        self.sums[column, : len(shares)] += np.where(known, shares, 0)
-        self.counts[column, : len(shares)] += known
+        known = np.isfinite(values)
+        self.sums[column, : len(values)] += np.where(known, values, 0)
+        self.counts[column, : len(values)] += known
         self.ends[column] = step
 
-    def map(self, per_step: float) -> WaitMap | None:
+    def map(self, per_step: float) -> RankMap | None:
         if not self.counts.any():
             return None
         used = self.ends > 0  # by any record: where the run waited for nobody, nothing is known
         sums, counts = self.sums[used].T, self.counts[used].T
-        share = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-        return WaitMap(self.ends[used] * per_step, share)
+        means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        return RankMap(self.ends[used] * per_step, means)
 
 
 class _Numbers:
     """One pass over metrics.jsonl. Scalars are kept whole, loads and waits as sums over at most `COLUMNS` columns."""
 
-    def __init__(self, path: Path, notes: list[str]) -> None:
+    def __init__(self, path: Path, notes: list[str], micro_batches: int) -> None:
         if not path.is_file():
             raise ReportError(f"{path}: is not there; a report needs it, and a run that took a step has it")
         with path.open("rb") as file:
             self.lines = sum(1 for _ in file)
         self.step = 0
+        self.micro_batches = micro_batches
         self.tokens_per_step: float | None = None
         self._kept: dict[str, _Scalar | _Load | Literal["unused"]] = {}
         self._counts = np.zeros(COLUMNS)
         self._ends = np.zeros(COLUMNS)
-        self._waits = _Waits()
+        self._of_ranks = {name: _OfRanks() for name in _OF_RANKS}
         whole, damaged, number = 0, [], 0
         for number, record in enumerate(each_record(path), 1):
             if record is None:
@@ -226,7 +236,7 @@ class _Numbers:
             self.tokens_per_step = tokens / step
         column = min(index * COLUMNS // self.lines, COLUMNS - 1)
         has_load = False
-        for name, value in record.items():
+        for name, value in (*record.items(), *_of_lists(record, self.micro_batches)):
             kept = self._kept.get(name)
             if kept is None:
                 kept = self._kept[name] = _keeper(name, value)
@@ -239,9 +249,13 @@ class _Numbers:
         if has_load:
             self._counts[column] += 1
             self._ends[column] = step
-        waited, speed = record.get("time/waited", []), record.get("time/tokens_per_second")
-        if isinstance(waited, list) and isinstance(speed, int | float) and self.tokens_per_step:
-            self._waits.add(column, step, np.array(waited, dtype=float) * speed / self.tokens_per_step)
+        speed = record.get("time/tokens_per_second")
+        if isinstance(speed, int | float) and speed and self.tokens_per_step:  # not an evaluation
+            seconds = self.tokens_per_step / speed
+            for name, of in self._of_ranks.items():
+                if isinstance(numbers := record.get(name, []), list):
+                    whole = seconds if name.startswith("time/") else sum(numbers) / max(1, len(numbers))
+                    of.add(column, step, np.array(numbers, dtype=float) / (whole or 1))
 
     def series(self, per_step: float) -> dict[str, Series]:
         return {
@@ -259,8 +273,19 @@ class _Numbers:
         means = {load.layer: load.sums[used].T / self._counts[used] * load.sums.shape[1] for load in kept}
         return LoadMap(ends, means)
 
-    def waits(self) -> WaitMap | None:
-        return self._waits.map(self.tokens_per_step or 1)
+    def of_ranks(self) -> dict[str, RankMap]:
+        maps = {name: of.map(self.tokens_per_step or 1) for name, of in self._of_ranks.items()}
+        return {name: found for name, found in maps.items() if found is not None}
+
+
+def _of_lists(record: Mapping[str, Any], micro_batches: int) -> Iterator[tuple[str, float]]:
+    """Scalars that follow from numbers of ranks."""
+    alone = record.get("traffic/rows_alone")
+    if isinstance(alone, list) and (mean := sum(alone) / max(1, len(alone))):
+        yield "traffic/rows_alone_max_over_mean", max(alone) / mean
+    copies = record.get("traffic/copies")
+    if isinstance(copies, list):
+        yield "traffic/copies_used", sum(copies) / micro_batches
 
 
 def _keeper(name: str, value: Any) -> "_Scalar | _Load | Literal['unused']":

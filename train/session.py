@@ -41,11 +41,11 @@ from moesaic.train.loop import Loop, Tally, text_digest
 from moesaic.train.memory import estimate
 from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
-from moesaic.train.rules import restore_rules
+from moesaic.train.rules import measured_costs, restore_rules
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.run_log import ReportError, read_log
 from moesaic.train.stopping import StopRequest
-from moesaic.train.words import architecture_in_words, layout_in_words
+from moesaic.train.words import architecture_in_words, costs_in_words, costs_to_paste, layout_in_words
 from moesaic.train.writers import MetricsWriter, NoMetrics
 
 FAILED = 1
@@ -157,8 +157,10 @@ def work(
     if ranks.first:
         resumed_from = tally.step or None
         display.start(
-            start_of(run, accounting, prepared, device, ranks, folder.path, resumed_from=resumed_from)
+            start_of(run, accounting, prepared, device, trainee, folder.path, resumed_from=resumed_from)
         )
+        for line in costs_to_paste(measured_costs(trainee.rules)):
+            folder.say(f"{line}; as parallel.experts.costs they make another run plan with the same prices")
     loop = Loop(
         config=run,
         folder=folder.path,
@@ -293,14 +295,18 @@ def start_of(
     accounting: Accounting,
     prepared: Prepared | Mixture,
     device: Device,
-    ranks: Ranks,
+    trainee: Trainee,
     folder: Path,
     *,
     resumed_from: int | None,
 ) -> Start:
     """The facts of the start-up table."""
+    ranks = trainee.ranks
     summary = prepared.summary()
-    layout = [layout_in_words(run, ranks), "1 thread" if device.threads == 1 else f"{device.threads} threads"]
+    layout = [
+        layout_in_words(run, ranks.size),
+        "1 thread" if device.threads == 1 else f"{device.threads} threads",
+    ]
     layout += ["recomputes blocks"] if run.parallel.recompute == "block" else []
     layout += ["compiled"] if run.parallel.compile else []
     return Start(
@@ -325,6 +331,7 @@ def start_of(
         precision_reason=device.why_dtype,
         kernels=kernels_in_words(run.kernels, device.device),
         layout=", ".join(layout),
+        costs=costs_in_words(measured_costs(trainee.rules)),
         corpus=run.data.kind,
         documents=summary["documents"],
         train_tokens=summary["splits"]["train"]["tokens"],

@@ -71,6 +71,7 @@ def start_view(start: Start) -> RenderableType:
         ("precision", _line(("*", start.precision), f" - {start.precision_reason}")),
         ("kernels", _line(start.kernels)),
         ("layout", _line(start.layout + micro)),
+        *([("costs", _line("\n".join(start.costs)))] if start.costs else []),
         ("memory", _Shares(start.memory)),
         ("folder", _line(start.folder)),
     ]
@@ -99,6 +100,8 @@ def progress_fields(progress: Progress) -> list[tuple[str, str]]:
         fields.append(("mem", size(progress.memory)))
     if progress.rank_imbalance is not None:
         fields.append(("rank load", f"{progress.rank_imbalance:.2f}"))
+    if progress.copies is not None:
+        fields.append(("copies", str(progress.copies)))
     return fields
 
 
@@ -306,7 +309,7 @@ class _Shares:
         seen, edge = 0, 0
         for index, (name, value) in enumerate(self.parts.items()):
             style = _CLASS_STYLES[index % len(_CLASS_STYLES)]
-            piece = Text(f"{visible(name)} {size(value)}", style=style)
+            piece = Text(f"{visible(name.replace('_', ' '))} {size(value)}", style=style)
             if line.cell_len + 2 + piece.cell_len > width:
                 yield line
                 line = Text()
