@@ -14,7 +14,7 @@ from moesaic.parallel.copies import hottest_first, recent, spread
 from moesaic.parallel.costs import Costs, prefix_times
 from moesaic.parallel.placement import Counts, Present, Topology, no_copies
 
-DEPTH = 48
+DEPTH = 32
 """How many of the hottest experts the templates hold that leave ranks out; copies of colder ones gain little."""
 MILLION = 10**6
 

@@ -8,6 +8,7 @@ Dims: P ranks, E experts of a bank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -125,8 +126,7 @@ def prefix_times(
     number, depth, _ = templates.shape
     times = np.full((number, depth + 1), UNFIT)
     most = len(counts) if most_copies is None else most_copies
-    prices = [getattr(costs, field.name) for field in fields(Costs)]
-    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, prices)]
+    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, _prices(costs))]
     sizes = (number, depth, len(counts), topology.ranks, topology.ranks_per_node, most)
     if run_compiled("prefix_times", [*integers, np.ascontiguousarray(templates, bool), times], sizes):
         return times
@@ -136,6 +136,12 @@ def prefix_times(
         fits = load.copies.ranks[0].max(-1) <= most
         found[fits] = _time(load, load.copies, topology, costs)[fits]
     return times
+
+
+@lru_cache
+def _prices(costs: Costs) -> Int64[np.ndarray, " prices"]:
+    """The fields in order, as the compiled kernel reads them."""
+    return np.array([getattr(costs, field.name) for field in fields(Costs)], np.int64)
 
 
 class _Traffic(NamedTuple):

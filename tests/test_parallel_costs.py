@@ -22,7 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, Topol
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     owners = rng.integers(0, ranks, experts)
     present = (rng.random((ranks, experts)) < draw(st.sampled_from([0.0, 0.3, 1.0]))) | no_copies(
-        owners, ranks
+        tuple(owners.tolist()), ranks
     )
     counts = 60 * rng.integers(0, draw(st.sampled_from([1, 2, 9])), (ranks, experts))
     prices = {field.name: int(rng.integers(0, 30)) for field in fields(Costs)}
@@ -153,7 +153,7 @@ def test_costs_are_plain_integers() -> None:
 
 
 def test_nothing_compiled_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.native, "serves", lambda *_: False)
+    monkeypatch.setattr(compiled, "_there", lambda: False)
     assert not compiled.run_compiled("prefix_times", [np.zeros(1)], [1])
     alone = placement.no_copies((0, 0), 1)
     assert prefix_times(
