@@ -193,9 +193,9 @@ def main() -> None:
     text = section(title, counts, Topology(counts.shape[2], args.ranks_per_node))
     machine = (
         f"The step's time is modelled, for D {D}, F {F}, {FLOPS / 1e12:.0f} TFLOP/s and {PORT / 1e9:.0f} GB/s per "
-        f"rank, {LINK / 1e9:.0f} GB/s per node; nothing of it was measured. "
-        "It is that of the experts' layers alone, with copies that other work hides. Rows and copies are means over steps and layers; planning is a median with "
-        "quartiles over steps, on one core."
+        f"rank, {LINK / 1e9:.0f} GB/s per node; nothing of it was measured. It is that of the experts' layers alone, "
+        "with copies that other work hides. Rows and copies are means over steps and layers; planning is a median "
+        "with quartiles over steps, on one core."
     )
     print(text)
     write_result("planning", "Planners of copies", command, 1, [machine, text])

@@ -71,7 +71,8 @@ class Auto:
         last = (last | found).T[order]  # owners may have changed
         whole = np.stack([np.ones_like(last), last])
 
-        prices = (topology, self.costs, self.config.most_copies)
+        costs = self.costs.of_steps(min(len(history), self.config.window))
+        prices = (topology, costs, self.config.most_copies)
         some_times, (all_times, last_times) = (
             prefix_times(heat.counts, heat.owners, templates, *prices) for templates in (some, whole)
         )

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Int64
 from moesaic.parallel.compiled import run_compiled
 from moesaic.parallel.placement import Counts, Present, Topology
 
-LONGEST = 10**12
-"""One second, the largest price: times in int64 then hold for millions of rows."""
+LONGEST = 10**14
+"""A hundred seconds, the largest price: far from where sums in int64 end."""
 UNFIT = np.iinfo(np.int64).max
 """In place of a time, where a plan has more copies on a rank than are allowed."""
 
@@ -81,6 +81,13 @@ class Costs:
             reductions=min(1, self.reductions),
             micro_batches=1,
         )
+
+    @lru_cache  # noqa: B019 (as many as there are banks)
+    def of_steps(self, steps: int) -> "Costs":
+        """Those of several steps together, for counts that were added up: what is paid per row stays as it is."""
+        paid = ("expert", "copy_near", "copy_far", "grad_near", "grad_far", "message")
+        hidden = ("hidden_forward", "hidden_backward")
+        return replace(self, **{name: min(LONGEST, steps * getattr(self, name)) for name in (*paid, *hidden)})
 
 
 def layer_time(
