@@ -107,13 +107,20 @@ def layer_time(
     hidden) + max(0, gradients + second gather - hidden)`.
     """
     home = np.asarray(owners)
-    moved = present & (np.arange(topology.ranks)[:, None] != home)
-    load = _load(counts.T, present.T, home, topology, costs).total()
+    time = int(prefix_times(counts.T, home, present.T[None], topology, costs)[0, -1])
     if planned is None:
-        return int(_time(load, load.copies, topology, costs)[0])
-    early, late = (_copies((moved & part).T, home, topology).total() for part in (planned, ~planned))
-    in_sight = costs.gathers_forward * late.time(costs.copy_near, costs.copy_far, costs.message, topology)
-    return int((_time(load, early, topology, costs) + in_sight)[0])
+        return time
+    moved = (present & (np.arange(topology.ranks)[:, None] != home)).T
+    whole, early, late = (
+        int(
+            _copies(part, home, topology)
+            .total()
+            .time(costs.copy_near, costs.copy_far, costs.message, topology)[0]
+        )
+        for part in (moved, moved & planned.T, moved & ~planned.T)
+    )
+    sight = late + max(0, early - costs.hidden_forward) - max(0, whole - costs.hidden_forward)
+    return time + costs.gathers_forward * sight
 
 
 def prefix_times(
@@ -141,7 +148,7 @@ def prefix_times(
     for template, found in zip(templates, times, strict=True):
         load = alone.prefixes(_load(counts[:depth], template, owners[:depth], topology, costs))
         fits = load.copies.ranks[0].max(-1) <= most
-        found[fits] = _time(load, load.copies, topology, costs)[fits]
+        found[fits] = _time(load, topology, costs)[fits]
     return times
 
 
@@ -177,9 +184,6 @@ class _Load(NamedTuple):
     rows: _Traffic
     copies: _Traffic
 
-    def total(self) -> "_Load":
-        return _Load(self.work.sum(0, keepdims=True), self.rows.total(), self.copies.total())
-
     def prefixes(self, other: "_Load") -> "_Load":
         """The total, with none to all of the first experts as in `other`."""
         work = _prefixes(self.work, other.work)
@@ -192,15 +196,13 @@ def _prefixes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.concatenate([total, total + replaced.cumsum(-2)], -2)
 
 
-def _time(load: _Load, early: _Traffic, topology: Topology, costs: Costs) -> Int64[np.ndarray, " K"]:
-    """`early`: copies that other work can hide."""
+def _time(load: _Load, topology: Topology, costs: Costs) -> Int64[np.ndarray, " K"]:
     trip = load.rows.time(costs.row_near, costs.row_far, costs.message * costs.micro_batches, topology)
-    gather = early.time(costs.copy_near, costs.copy_far, costs.message, topology)
-    again = load.copies.time(costs.copy_near, costs.copy_far, costs.message, topology)
+    gather = load.copies.time(costs.copy_near, costs.copy_far, costs.message, topology)
     back = load.copies.time(costs.grad_near, costs.grad_far, costs.message, topology)
     forward = costs.gathers_forward * np.maximum(0, gather - costs.hidden_forward)
     hidden = max(costs.gathers_backward, costs.reductions) * costs.hidden_backward
-    backward = np.maximum(0, costs.gathers_backward * again + costs.reductions * back - hidden)
+    backward = np.maximum(0, costs.gathers_backward * gather + costs.reductions * back - hidden)
     return load.work.max(1) + 4 * trip + forward + backward
 
 

@@ -84,9 +84,10 @@ def by_hand(
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.integers(0, 99))
 def test_the_model_equals_sums_over_the_token_plan(problem: Any, seed: int) -> None:
-    planned = np.random.default_rng(seed).random(problem[1].shape) < 0.5
-    counts, *others, prices = problem
-    assert layer_time(3 * counts, *others, prices.of_steps(3)) == 3 * layer_time(*problem)
+    planned = np.random.default_rng(seed).random(np.shape(problem[1])) < 0.5
+    counts, present, owners, topology, prices = problem
+    thrice = layer_time(3 * counts, present, owners, topology, prices.of_steps(3))
+    assert thrice == 3 * layer_time(*problem)
     assert layer_time(*problem) == by_hand(*problem, planned=None)
     assert layer_time(*problem, planned=planned) == by_hand(*problem, planned=planned)
 

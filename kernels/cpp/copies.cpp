@@ -113,6 +113,20 @@ struct Load {
         taken[owner] -= 1;
         given[owner] += copies - 1;
         rows_in[home] -= total - of_node[home];
+        if (copies == nodes.ranks) {  // no row travels
+            for (int64_t r = 0; r < nodes.ranks; ++r) {
+                work[r] += costs.of(counts[r]);
+                sent[r] -= counts[r];
+                taken[r] += 1;
+            }
+            for (int64_t n = 0; n < nodes.count(); ++n) {
+                const int64_t here = nodes.end(n) - nodes.begin(n), away = n != home;
+                rows_out[n] -= away * of_node[n];
+                copies_in[n] += away * here;
+                copies_out[home] += away * here;
+            }
+            return true;
+        }
         for (int64_t n = 0, first = 0; n < nodes.count(); first = ends[n++]) {
             const int64_t here = ends[n] - first;
             if (here == 0) continue;
