@@ -11,7 +11,6 @@ import torch
 from moesaic.data.loader import Batch, Batches
 from moesaic.data.mixture import Mixture
 from moesaic.data.prepared import Prepared
-from moesaic.parallel.plans import ExpertParallelConfig
 from moesaic.parallel.traffic import Meter
 from moesaic.train.assemble import Trainee
 from moesaic.train.checkpoints import Checkpoints
@@ -70,8 +69,6 @@ class Loop:
         self.meter = Meter(trainee.model, trainee.ranks, micro_batches=parts, dtype=trainee.compute.dtype)
         self.rank_imbalance: float | None = None
         self.copies: int | None = None
-        owned = self.config.parallel.owned
-        self.may_copy = owned is not None and not isinstance(owned.plan, ExpertParallelConfig)
 
     def run(self, stop: StopRequest) -> str:
         """Train from the tally's step on. A stop request is honoured after the step, and saved."""
@@ -143,7 +140,8 @@ class Loop:
         traffic = self.meter.collect() if due else None
         if traffic is not None:
             self.rank_imbalance = traffic.max_over_mean
-            if self.may_copy:
+            owned = self.config.parallel.owned
+            if owned is not None and owned.copies:
                 self.copies = sum(traffic.copies) // self.config.train.micro_batches
         speed = sums.tokens / seconds
         progress = Progress(

@@ -17,7 +17,6 @@ from moesaic.moe.layer import MoE
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.placement import even_owners
-from moesaic.parallel.plans import ExpertParallelConfig
 from moesaic.parallel.shard import replicated_parameters, shard_dim
 from moesaic.train.config import RunConfig
 from moesaic.train.optim import MuonConfig
@@ -103,7 +102,7 @@ def copied_bytes(
     sent for ahead. Gradients of the layer that is computed, and of one whose gradients are under way; in the masters'
     type of all banks, where they wait for the last micro-batch, for which what arrived is kept too.
     """
-    if isinstance(owned.plan, ExpertParallelConfig):
+    if not owned.copies:
         return 0
     width = torch.finfo(dtype).bits // 8
     most = getattr(owned.plan, "most_copies", None)

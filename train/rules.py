@@ -6,7 +6,7 @@ it remembers lies in tensors of the model, which are checkpointed, or is told by
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -18,8 +18,9 @@ from moesaic.moe.topk import balanced_bias
 from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.costs import Costs
+from moesaic.parallel.hecate import heterogeneous_owners
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
-from moesaic.parallel.plans import ExpertParallelConfig, ReplicateAllConfig
+from moesaic.parallel.plans import ReplicateAllConfig
 from moesaic.parallel.replan import Replan
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.slots import slots_of
@@ -72,13 +73,16 @@ def balance_bias(model: Transformer, state: StepState) -> dict[str, float]:
 class Rebalance:
     """Gives experts new owners every so many steps, by the rows that they had since.
 
-    Layers that share a bank add their rows. A bank's experts move only where that brings the busiest rank nearer to the
-    mean by more than `MARGIN`. Weights and optimizer state go along, so no value depends on who owns what.
+    Layers that share a bank add their rows. With `balanced` owners a bank's experts move only where that brings the
+    busiest rank nearer to the mean by more than `MARGIN`. Weights and optimizer state go along, so no value depends on
+    who owns what.
     """
 
     every: int
     """Steps between moves."""
     optimizer: torch.optim.Optimizer
+    owners: Literal["balanced", "heterogeneous"] = "balanced"
+    """See `OwnedExperts`."""
     rows: dict[str, Int[Tensor, " E"]] = field(default_factory=dict)
     """By bank, since the last time."""
     last: dict[str, float] = field(default_factory=dict)
@@ -101,7 +105,11 @@ class Rebalance:
         assert slots is not None
         old = slots.owners
         loads = {bank: self.rows[bank].tolist() for bank in old.owners}
-        new = better_owners(loads, old, MARGIN)
+        if self.owners == "balanced":
+            new = better_owners(loads, old, MARGIN)
+        else:
+            copied = [int((bank.present & ~bank.alone).any(0).sum()) for bank in slots.banks.values()]
+            new = heterogeneous_owners(loads, round(sum(copied) / len(copied)), slots.topology)
         moved = reshard(model, self.optimizer, new)
         return {
             "owners/moved": float(moved),
@@ -165,7 +173,7 @@ def rules_of(
     if any(ffn.router.config.bias_rate > 0 for ffn in sparse):
         rules.append(balance_bias)
     if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
-        rules.append(Rebalance(owned.rebalance, optimizer))
+        rules.append(Rebalance(owned.rebalance, optimizer, owned.owners))
     if replan is not None:
         rules.append(Plan(replan))
     return rules
@@ -180,7 +188,7 @@ def measured_costs(rules: Iterable[Rule]) -> Mapping[str, Costs]:
     """Prices by bank that were measured for planners; none where they are given, or where no planner asks for them."""
     for rule in rules:
         if isinstance(rule, Plan) and rule.replan.owned.costs is None:
-            asked = not isinstance(rule.replan.owned.plan, ExpertParallelConfig | ReplicateAllConfig)
+            asked = not isinstance(rule.replan.owned.plan, ReplicateAllConfig)
             return rule.replan.costs if asked else {}
     return {}
 

@@ -7,7 +7,7 @@ from moesaic.moe.layer import MoE
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.costs import Costs
 from moesaic.parallel.placement import even_owners
-from moesaic.parallel.plans import CustomPlanConfig, ExpertParallelConfig
+from moesaic.parallel.plans import CustomPlanConfig
 from moesaic.train.config import RunConfig
 
 
@@ -50,7 +50,7 @@ def layout_in_words(run: RunConfig, ranks: int) -> str:
 def copies_in_words(owned: OwnedExperts) -> str:
     """Who plans copies, how many at most, and whether they stay; nothing where there are none."""
     plan = owned.plan
-    if isinstance(plan, ExpertParallelConfig):
+    if not owned.copies:
         return ""
     words = f", copies by {plan.planner if isinstance(plan, CustomPlanConfig) else plan.kind}"
     most = getattr(plan, "most_copies", None)
