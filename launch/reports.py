@@ -30,7 +30,8 @@ def inspect_view(facts: Mapping[str, Any]) -> RenderableType:
     )
     _row(table, "  arithmetic", flops(training["flops"]))
     _row(table, "precision", facts["precision"], f"on {facts['device']}; {facts['precision_reason']}")
-    _row(table, "layout", facts["layout"])
+    processes, _, layout = facts["layout"].partition(": ")
+    _row(table, "layout", processes, layout)
     _row(
         table,
         "memory" if facts["ranks"] == 1 else f"memory, each of {facts['ranks']} processes",

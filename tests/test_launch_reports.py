@@ -29,6 +29,7 @@ INSPECTED: dict[str, Any] = {
     },
     "training": {"steps": 700, "batch_tokens": 4096, "tokens": 2_867_200, "flops": 51_609_600_000_000},
     "ranks": 1,
+    "layout": "1 process",
     "device": "cpu",
     "precision": "bf16",
     "precision_reason": "as configured",
@@ -53,7 +54,11 @@ def test_inspect():
         "weights 48.0 MiB",
     ):
         assert line in found
+    assert "layout 1 process" in found
     assert any(line.startswith("memory 144 MiB estimated") for line in found)
+    over = {"ranks": 2, "layout": "2 processes: copies by auto", "memory": {"copies_up_to": 1 << 20}}
+    found = lines(inspect_view(INSPECTED | over))
+    assert {"layout 2 processes copies by auto", "copies up to 1.00 MiB"} <= set(found)
 
 
 def counts(documents: int, size: int, tokens: int) -> dict[str, Any]:

@@ -287,11 +287,22 @@ def test_costs_in_words_and_as_a_config() -> None:
     near = Costs(
         row=1_234_000, row_near=5000, copy_near=7_000_000, copy_far=0, grad_near=80_000_000, grad_far=0
     )
-    far = replace(near, row_near=0, row_far=20_000, copy_near=0, copy_far=9_000_000, micro_batches=2)
+    far = replace(
+        near,
+        expert=3_000_000,
+        message=4_000_000,
+        row_near=0,
+        row_far=20_000,
+        copy_near=0,
+        copy_far=9_000_000,
+        micro_batches=2,
+    )
     found = {"layer1": near, "layer2": far, "layer3": near}
     assert costs_in_words(found) == [
-        "layer1 to layer3 (2 banks): a row 1.23 us, its trip 0.005 us, a copy 7 us, its gradient 80 us",
-        "layer2: a row 1.23 us, its trip 0.02 us between nodes, a copy 9 us between nodes, its gradient 80 us",
+        "layer1 to layer3 (2 banks): a row 1.23 us, its trip 0.005 us, an expert with rows 0 us, "
+        "a message 0 us, a copy 7 us, its gradient 80 us",
+        "layer2: a row 1.23 us, its trip 0.02 us between nodes, an expert with rows 3 us, "
+        "a message 4 us, a copy 9 us between nodes, its gradient 80 us",
     ]
     pasted = [line.partition(": ") for line in costs_to_paste(found)]
     assert [name for name, _, _ in pasted] == ["costs of layer1 to layer3 (2 banks)", "costs of layer2"]

@@ -91,6 +91,7 @@ def _prices(costs: Costs) -> str:
 
     return (
         f"a row {_microseconds(costs.row)}, its trip {both(costs.row_near, costs.row_far)}, "
+        f"an expert with rows {_microseconds(costs.expert)}, a message {_microseconds(costs.message)}, "
         f"a copy {both(costs.copy_near, costs.copy_far)}, its gradient {both(costs.grad_near, costs.grad_far)}"
     )
 
