@@ -87,6 +87,8 @@ class Compute:
     dtype: torch.dtype
     seed: int = 0
     mask_documents: bool = True
+    step_tokens: int | None = None
+    """Tokens of a global batch, which routers may ask for. None: those of one forward pass."""
 
     def forward(self, model: Transformer, batch: Batch, *, mode: Mode, step: int = 0) -> Output:
         """The loss of one micro-batch."""
@@ -100,6 +102,7 @@ class Compute:
             rows=batch.rows.to(**move),
             step=step,
             seed=self.seed,
+            step_tokens=self.step_tokens,
             dtype=self.dtype,
         )
 
