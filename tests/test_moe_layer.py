@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from references import largest_error, moe_by_tokens
+from references import bias_of, largest_error, moe_by_tokens
 from torch import Tensor
 
 from moesaic.kernels.backend import Backend, triton_refusal
@@ -23,11 +23,6 @@ from moesaic.moe.experts import Bank
 
 EXACT = 1e-12
 TERMS = (BalanceLoss(coef=0.1), BalanceLoss(coef=0.2, scope="micro_batch"), ZLoss(coef=0.01))
-
-
-def bias_of(moe: MoE) -> torch.Tensor:
-    assert isinstance(moe.router, TopKRouter)
-    return moe.router.bias
 
 
 def layer(dim: int = 6, **changes: object) -> MoE:
