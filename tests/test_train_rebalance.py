@@ -65,7 +65,9 @@ CASES = {
     4: (
         [],
         ["parallel.dp_replicate=2"],
-        ["model.ffn_at={'1': {kind: moe, num_experts: 5, hidden: 9, expert: relu2, router: {k: 2}}}"],
+        [
+            "model.ffn_at={'1': {kind: moe, num_experts: 5, hidden: 9, expert: relu2, router: {kind: topk, k: 2}}}"
+        ],
     ),
 }
 

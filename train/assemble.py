@@ -81,7 +81,13 @@ def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE
 
 def compute_of(run: RunConfig, device: Device) -> Compute:
     """How forward passes of this run compute."""
-    return Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents)
+    return Compute(
+        device.device,
+        device.dtype,
+        seed=run.seed,
+        mask_documents=run.data.mask_documents,
+        step_tokens=run.train.batch_tokens,
+    )
 
 
 @dataclass

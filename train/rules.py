@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
-from moesaic.moe.topk import balanced_bias
+from moesaic.moe.topk import TopKRouter, balanced_bias
 from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.costs import Costs
@@ -64,6 +64,8 @@ def balance_bias(model: Transformer, state: StepState) -> dict[str, float]:
     largest = 0.0
     for layer, counts in state.counts.items():
         router = sparse_layer(model, layer).router
+        if not isinstance(router, TopKRouter):
+            continue
         router.bias.copy_(balanced_bias(router.bias, counts, router.config.bias_rate))
         largest = max(largest, router.bias.abs().max().item())
     return {"router/largest_bias": largest}
@@ -170,7 +172,8 @@ def rules_of(
     """
     sparse = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     rules: list[Rule] = []
-    if any(ffn.router.config.bias_rate > 0 for ffn in sparse):
+    routers = [ffn.router for ffn in sparse]
+    if any(isinstance(router, TopKRouter) and router.config.bias_rate > 0 for router in routers):
         rules.append(balance_bias)
     if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
         rules.append(Rebalance(owned.rebalance, optimizer, owned.owners))
