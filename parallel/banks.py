@@ -119,6 +119,8 @@ class OwnedBank:
         self.name, self.table, self.rank, self.copying = name, table, rank, copying
         self.planner: Planner | None = None
         """Asked within a layer, where it wants to see the layer's own counts."""
+        self.compared = False
+        """Whether ranks then compare what it planned."""
         self.history: list[Counts] = []
         """Counts of the last steps, oldest first."""
         self.loads: Counts = np.zeros((ranks, len(owners)), np.int64)
