@@ -109,7 +109,7 @@ def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config
     by_copies, by_gradients = make(copies), make(gradients)
     for collectives in (by_copies, by_gradients):
         limit_waits(collectives.groups, config)
-    return Copying(
+    copying = Copying(
         by_copies,
         by_gradients,
         rematerialize=owned.rematerialize,
@@ -117,6 +117,8 @@ def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config
         wire=torch.bfloat16 if owned.gradients == "bf16" else None,
         prefetch=owned.prefetch,
     )
+    copying.count_steps()
+    return copying
 
 
 def prefetch_copies(units: Sequence[nn.Module], depth: int, dtype: torch.dtype) -> None:
