@@ -3,7 +3,6 @@
 What needs torch is imported within the command that needs it: help, and errors in a file, come at once.
 """
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -14,6 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from moesaic import __version__
+from moesaic.launch.output import AsJson, examples, print_json, print_view
+from moesaic.launch.trace import trace
 
 TRACEBACK = "MOESAIC_TRACEBACK"
 
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare a corpus, or look at one.")
 app.add_typer(data, name="data")
+app.add_typer(trace, name="trace")
 
 ConfigArgument = Annotated[
     str,
@@ -73,12 +75,7 @@ Overrides = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", show_default=False, help="A run's folder, or its name within `runs`.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Step = Annotated[int | None, typer.Option(show_default="the newest", help="Checkpoint to use.")]
-
-
-def _examples(*lines: str) -> str:
-    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])  # \b: keep the line breaks
 
 
 def main() -> None:
@@ -101,7 +98,7 @@ def _options(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic train quickstart",
         "moesaic train my.yaml name=second train.steps=2000 model.ffn.router.k=4",
         "moesaic train my.yaml --resume",
@@ -130,7 +127,7 @@ def train(
 
 
 @app.command(
-    name="eval", epilog=_examples("moesaic eval runs/quickstart", "moesaic eval quickstart --step 400 --json")
+    name="eval", epilog=examples("moesaic eval runs/quickstart", "moesaic eval quickstart --step 400 --json")
 )
 def evaluate(
     run: RunArgument,
@@ -149,16 +146,16 @@ def evaluate(
 
     result = evaluate_run(config, folder, step=step, tokens=tokens)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from moesaic.launch.reports import facts_view
 
-    _print(facts_view(folder.name, result))
+    print_view(facts_view(folder.name, result))
 
 
 @app.command(
     name="lm-eval",
-    epilog=_examples(
+    epilog=examples(
         "moesaic lm-eval runs/moe_1b --tasks hellaswag,arc_easy",
         "moesaic lm-eval quickstart --tasks mine --include-path tasks --json",
     ),
@@ -197,15 +194,15 @@ def lm_eval(
         config, folder, names, include_path=include_path, limit=limit, shots=shots, step=step
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from moesaic.launch.reports import tasks_view
 
-    _print(tasks_view(f"{folder.name}, step {result['step']}", result["tasks"]))
+    print_view(tasks_view(f"{folder.name}, step {result['step']}", result["tasks"]))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic generate runs/quickstart --prompt 'def main():'",
         "moesaic generate quickstart --prompt 'import os' --prompt 'class A:' --json",
     )
@@ -239,7 +236,7 @@ def generate(
         step=step,
     )
     if as_json:
-        _print_json([{"prompt": each, "text": text} for each, text in zip(prompt, texts, strict=True)])
+        print_json([{"prompt": each, "text": text} for each, text in zip(prompt, texts, strict=True)])
         return
     from moesaic.train.units import visible
 
@@ -250,7 +247,7 @@ def generate(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic report runs/quickstart",
         "moesaic report quickstart quickstart_dense --out compared.html",
     )
@@ -286,7 +283,7 @@ def report(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic inspect quickstart",
         "moesaic inspect quickstart model.ffn.num_experts=64 --json",
         "moesaic inspect my.yaml --ranks 64",
@@ -307,15 +304,15 @@ def inspect(
     """
     facts = _inspect(config, overrides or [], ranks)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     from moesaic.launch.reports import inspect_view
 
-    _print(inspect_view(facts))
+    print_view(inspect_view(facts))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic audit quickstart", "moesaic audit my.yaml --ranks 4 parallel.dp_replicate=2 --json"
     )
 )
@@ -340,16 +337,16 @@ def audit(
 
     found = audit_run(run, ranks=ranks)
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
     else:
         from moesaic.launch.reports import audit_view
 
-        _print(audit_view(found.as_dict()))
+        print_view(audit_view(found.as_dict()))
     raise SystemExit(0 if found.passed else 1)
 
 
 @data.command(
-    epilog=_examples("moesaic data prepare quickstart", "moesaic data prepare my.yaml data.workers=8")
+    epilog=examples("moesaic data prepare quickstart", "moesaic data prepare my.yaml data.workers=8")
 )
 def prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Tokenize a corpus into its cache.
@@ -364,7 +361,7 @@ def prepare(config: ConfigArgument, overrides: Overrides = None) -> None:
         print(f"{name}: {told}" if name else told)
 
 
-@data.command(epilog=_examples("moesaic data stats quickstart", "moesaic data stats my.yaml --json"))
+@data.command(epilog=examples("moesaic data stats quickstart", "moesaic data stats my.yaml --json"))
 def stats(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Documents, bytes and tokens of a corpus.
 
@@ -372,14 +369,14 @@ def stats(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson =
     """
     summary = _prepared(config, overrides or []).summary()
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     from moesaic.launch.reports import stats_view
 
-    _print(stats_view(summary))
+    print_view(stats_view(summary))
 
 
-@app.command(epilog=_examples("moesaic schema > moesaic.schema.json"))
+@app.command(epilog=examples("moesaic schema > moesaic.schema.json"))
 def schema() -> None:
     """JSON Schema of config files, for editors.
 
@@ -388,7 +385,7 @@ def schema() -> None:
     from moesaic.launch import schema as schemas
     from moesaic.train.config import RunConfig
 
-    _print_json(schemas.schema(RunConfig))
+    print_json(schemas.schema(RunConfig))
 
 
 def find_run(path_or_name: str) -> Path:
@@ -472,13 +469,3 @@ def _prepared(config: str, overrides: list[str]) -> Any:
 def _world_size() -> int:
     """Processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _print(view: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(view)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))

@@ -115,6 +115,34 @@ def facts_view(title: str, facts: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def trace_view(title: str, facts: Mapping[str, Any]) -> RenderableType:
+    """The numbers of a routing trace, one a line."""
+    table = _table(title)
+    steps = f"{facts['steps']:,}"
+    _row(table, "steps", steps, f"from {facts['first_step']:,} to {facts['last_step']:,}")
+    for name in ("layers", "sources", "experts", "k"):
+        _row(table, name, _number(facts[name]))
+    names = {
+        "tokens": "tokens of a step",
+        "expert_max_over_mean": "busiest expert over mean",
+        "rank_max_over_mean": f"busiest of {facts['ranks']} ranks over mean",
+        "top4_share": "share of the busiest four experts",
+        "moved": "share that moves at each step",
+        "zipf_exponent": "Zipf exponent",
+    }
+    for key, name in names.items():
+        found = facts[key]
+        median, high = (
+            ("-", "-") if found is None else (trace_number(found[each]) for each in ("median", "p95"))
+        )
+        _row(table, name, median, f"95th percentile {high}")
+    return table
+
+
+def trace_number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
+
+
 def tasks_view(title: str, tasks: Mapping[str, Mapping[str, float]]) -> RenderableType:
     """Metrics by task, one a line."""
     table = _table(title)

@@ -173,14 +173,15 @@ class Transformer(nn.Module):
         rows: Int[Tensor, " B"] | None = None,
         step: int = 0,
         seed: int = 0,
+        step_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
         cache: list[KeyValues] | None = None,
     ) -> Output:
         """Logits, or with `targets` (-1: padding, not counted) the summed loss.
 
         `documents` keeps attention within a document. `rows` are the sequences' places in the step's global batch,
-        which with `seed` and `step` fix all noise. `dtype` is the compute type; masters, norms, routers and loss stay
-        wide.
+        which with `seed` and `step` fix all noise; `step_tokens` are the tokens of that batch. `dtype` is the compute
+        type; masters, norms, routers and loss stay wide.
         """
         start = cache[0].used if cache else 0
         length = tokens.shape[1]
@@ -190,7 +191,9 @@ class Transformer(nn.Module):
         )
         mask = attention_mask(documents, start, length, x.device)
         facts = token_facts(tokens, targets, documents, rows, start)
-        inputs = RouterInput(tokens=x.flatten(0, 1), mode=mode, step=step, seed=seed, **facts)
+        inputs = RouterInput(
+            tokens=x.flatten(0, 1), mode=mode, step=step, step_tokens=step_tokens, seed=seed, **facts
+        )
         layers = []
         for index, block in enumerate(self.blocks):
             x, stats = block(x, turns, mask, inputs, cache[index] if cache else None)

@@ -14,6 +14,7 @@ from moesaic.moe.balance import AuxTerm, LayerStats, layer_stats
 from moesaic.moe.dispatch import Dispatcher, Local
 from moesaic.moe.experts import Bank, ExpertKind, Experts
 from moesaic.moe.feedforward import FeedForward
+from moesaic.moe.replay import ReplayRouter
 from moesaic.moe.routing import RouterInput, Routing, make_plan
 from moesaic.moe.sizes import LARGEST_WIDTH, MOST_EXPERTS, check_size
 from moesaic.moe.topk import TopKRouter
@@ -37,7 +38,8 @@ class MoE(nn.Module):
         """Experts of the layer."""
         hidden: int
         """Hidden width of one expert."""
-        router: TopKRouter.Config
+        router: TopKRouter.Config | ReplayRouter.Config
+        """How tokens choose experts."""
         expert: ExpertKind = "swiglu"
         """Non-linearity of the experts."""
         shared_experts: int = 0
@@ -62,7 +64,7 @@ class MoE(nn.Module):
         """`bank`: experts that another layer owns. Without it the layer makes its own, called `name`."""
         super().__init__()
         self.config = config
-        self.router = TopKRouter(config.router, dim, config.num_experts)
+        self.router = build_router(config.router, dim, config.num_experts)
         self.bank = None if bank else Bank(name, config.num_experts, config.expert, dim, config.hidden)
         source = bank or self.bank
         assert source is not None
@@ -85,6 +87,15 @@ class MoE(nn.Module):
         """Each token's experts, weighted, plus the shared ones."""
         plan = make_plan(routing, self.config.num_experts, backend=self.experts.backend)
         return self.dispatcher.run(x, routing.weights, plan, self.experts, self.shared)
+
+
+def build_router(
+    config: TopKRouter.Config | ReplayRouter.Config, dim: int, num_experts: int
+) -> TopKRouter | ReplayRouter:
+    """The router of the kind that the config is of."""
+    if isinstance(config, ReplayRouter.Config):
+        return ReplayRouter(config, dim, num_experts)
+    return TopKRouter(config, dim, num_experts)
 
 
 def use_kernels(model: nn.Module, backend: Backend) -> None:

@@ -39,6 +39,8 @@ class RouterInput:
     num_sequences: int = 1
     indices: Int[Tensor, " T"] | None = None
     """Index of each token in the step's global batch: the counter of all noise. None: 0 to T - 1."""
+    step_tokens: int | None = None
+    """Tokens of the step's global batch, over all ranks and micro-batches. None: T."""
     valid: Bool[Tensor, " T"] | None = None
     """False for padding, which is routed but never counted. None: no padding."""
     seed: int = 0

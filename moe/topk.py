@@ -12,17 +12,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from moesaic.kernels.backend import Backend
 from moesaic.kernels.combine import accumulation_dtype
 from moesaic.kernels.topk import Normalize, Score, choose
 from moesaic.moe.noise import key, uniform
+from moesaic.moe.router import Router
 from moesaic.moe.routing import RouterInput, Routing
 from moesaic.moe.sizes import MOST_CHOSEN, check_size
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Token-choice top-k. A bias steers selection but never scales outputs (arXiv:2408.15664, section 2)."""
 
     scope = "token"
@@ -82,13 +82,9 @@ class TopKRouter(nn.Module):
     bias: Tensor
 
     def __init__(self, config: Config, dim: int, num_experts: int) -> None:
-        super().__init__()
         config.check(num_experts)
+        super().__init__(dim, num_experts)
         self.config = config
-        self.num_experts = num_experts
-        self.backend: Backend = "auto"
-        self.gate = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.normal_(self.gate, std=dim**-0.5)
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, inputs: RouterInput) -> Routing:

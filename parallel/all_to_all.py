@@ -203,7 +203,7 @@ class AllToAll:
         if again or not (self._rematerializes or (self.recomputed and torch.is_grad_enabled())):
             return y
         if self.recomputed:
-            use.again = lambda: self.prefetch(use.dtype, use.wanted)
+            use.prefetch = lambda: self.prefetch(use.dtype, use.wanted)
         self.bank.copying.order.append(use)
         return BackwardBegins.apply(y, use)  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from moesaic.parallel.copies import hottest_first, recent, spread
 from moesaic.parallel.costs import Costs, prefix_times
 from moesaic.parallel.placement import Counts, Present, Topology, no_copies
 
-DEPTH = 48
+DEPTH = 32
 """How many of the hottest experts the templates hold that leave ranks out; copies of colder ones gain little."""
 MILLION = 10**6
 
@@ -59,19 +59,23 @@ class Auto:
     def plan(
         self, history: Sequence[Counts], exact: Counts | None, owners: tuple[int, ...], topology: Topology
     ) -> Present:
-        found = no_copies(owners, topology.ranks)
         if not history:
-            return found
+            return no_copies(owners, topology.ranks)
         counts = recent(history, self.config.window)
         loads = counts.sum(0)
         order = hottest_first(loads)
-        heat = _Heat(counts.T[order], loads[order], np.asarray(owners)[order], found.T[order], topology)
+        home = np.array(owners)[order]
+        heat = _Heat(
+            counts.T[order], loads[order], home, np.arange(topology.ranks) == home[:, None], topology
+        )
         some = heat.templates(self.config.most_copies)
-        last = self._last if self._last is not None and self._last.shape == found.shape else found
-        last = (last | found).T[order]  # owners may have changed
-        whole = np.stack([np.ones_like(last), last])
+        last = heat.alone
+        if self._last is not None and self._last.shape == counts.shape:
+            last = last | self._last.T[order]  # owners may have changed
+        whole = np.array([np.ones_like(last), last])
 
-        prices = (topology, self.costs, self.config.most_copies)
+        costs = self.costs.of_steps(min(len(history), self.config.window))
+        prices = (topology, costs, self.config.most_copies)
         some_times, (all_times, last_times) = (
             prefix_times(heat.counts, heat.owners, templates, *prices) for templates in (some, whole)
         )
@@ -84,7 +88,9 @@ class Auto:
         saved = (before - best) * MILLION
         if before <= none and saved <= before * round(self.config.margin * MILLION):
             chosen = last
-        found[:, order[: len(chosen)]] = chosen.T
+        heat.alone[: len(chosen)] = chosen
+        found = np.empty(counts.shape, bool)
+        found[:, order] = heat.alone.T
         self._last = found.copy()
         return found
 

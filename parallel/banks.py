@@ -10,7 +10,7 @@ Dims: P ranks, E experts of the bank, M experts that are here, L length of a row
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -261,9 +261,8 @@ class Materialized:
         if missing.any():
             self.gathers.append(Gather(bank, dtype, missing))
         self.stale = None if self.gathers and self.gathers[0] is coming else coming
-        self.recomputed = False
-        """The layer is computed again for its backward pass, and gathers then."""
-        self.again: Any = None
+        self.prefetch: Callable[[], None] | None = None
+        """Where the layer is computed again: sends for the copies that it will need."""
 
     def weights(self) -> Weights:
         """The matrices; a gradient goes back to where each came from. Not to be read before `fill`."""
@@ -326,8 +325,8 @@ class Materialized:
 
     def regather(self) -> None:
         """Send for the copies again, for the backward pass."""
-        if self.again is not None:
-            self.again()
+        if self.prefetch is not None:
+            self.prefetch()
         elif not self.filled and not self.gathers:
             self.gathers = [Gather(self.bank, self.dtype, self.wanted)]
 

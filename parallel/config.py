@@ -29,6 +29,10 @@ class OwnedExperts:
     """Have ranks compare where they would send tokens, at every layer; to find bugs."""
     rebalance: int = 0
     """Steps between moves of experts to other ranks, so that ranks have equally many rows; 0: experts stay."""
+    owners: Literal["balanced", "heterogeneous"] = "balanced"
+    """What `rebalance` looks for. `balanced`: each bank's rows shared evenly, with equally many of its experts on each
+    rank. `heterogeneous`: only rows of experts that are not copied anyway, over nodes first; a rank has equally many
+    experts of all banks together (FSSDP, algorithm 2)."""
     plan: PlanConfig = field(default_factory=ExpertParallelConfig)
     """Which ranks get copies of which experts, for a step (FSSDP, arXiv:2502.02581)."""
     costs: Costs | None = None
@@ -52,8 +56,17 @@ class OwnedExperts:
             raise ValueError(f"max_rows: {self.max_rows} is not positive")
         if self.rebalance < 0:
             raise ValueError(f"rebalance: {self.rebalance} is negative; give a number of steps, or 0")
+        if self.gradients == "bf16" and not self.copies:
+            raise ValueError(
+                "gradients: bf16 is for those of copies, and plan.kind: expert_parallel has none"
+            )
         if self.prefetch < 0:
             raise ValueError(f"prefetch: {self.prefetch} is negative; give a number of blocks, or 0")
+
+    @property
+    def copies(self) -> bool:
+        """Whether there ever are copies."""
+        return not isinstance(self.plan, ExpertParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ Dims: P ranks, E experts of a bank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from jaxtyping import Bool, Int64
 from moesaic.parallel.compiled import run_compiled
 from moesaic.parallel.placement import Counts, Present, Topology
 
-LONGEST = 10**12
-"""One second, the largest price: times in int64 then hold for millions of rows."""
+LONGEST = 10**14
+"""A hundred seconds, the largest price: far from where sums in int64 end."""
 UNFIT = np.iinfo(np.int64).max
 """In place of a time, where a plan has more copies on a rank than are allowed."""
 
@@ -81,6 +82,13 @@ class Costs:
             micro_batches=1,
         )
 
+    @lru_cache  # noqa: B019 (as many as there are banks)
+    def of_steps(self, steps: int) -> "Costs":
+        """Those of several steps together, for counts that were added up: what is paid per row stays as it is."""
+        paid = ("expert", "copy_near", "copy_far", "grad_near", "grad_far", "message")
+        hidden = ("hidden_forward", "hidden_backward")
+        return replace(self, **{name: min(LONGEST, steps * getattr(self, name)) for name in (*paid, *hidden)})
+
 
 def layer_time(
     counts: Counts,
@@ -99,13 +107,20 @@ def layer_time(
     hidden) + max(0, gradients + second gather - hidden)`.
     """
     home = np.asarray(owners)
-    moved = present & (np.arange(topology.ranks)[:, None] != home)
-    load = _load(counts.T, present.T, home, topology, costs).total()
+    time = int(prefix_times(counts.T, home, present.T[None], topology, costs)[0, -1])
     if planned is None:
-        return int(_time(load, load.copies, topology, costs)[0])
-    early, late = (_copies((moved & part).T, home, topology).total() for part in (planned, ~planned))
-    in_sight = costs.gathers_forward * late.time(costs.copy_near, costs.copy_far, costs.message, topology)
-    return int((_time(load, early, topology, costs) + in_sight)[0])
+        return time
+    moved = (present & (np.arange(topology.ranks)[:, None] != home)).T
+    whole, early, late = (
+        int(
+            _copies(part, home, topology)
+            .total()
+            .time(costs.copy_near, costs.copy_far, costs.message, topology)[0]
+        )
+        for part in (moved, moved & planned.T, moved & ~planned.T)
+    )
+    sight = late + max(0, early - costs.hidden_forward) - max(0, whole - costs.hidden_forward)
+    return time + costs.gathers_forward * sight
 
 
 def prefix_times(
@@ -125,8 +140,7 @@ def prefix_times(
     number, depth, _ = templates.shape
     times = np.full((number, depth + 1), UNFIT)
     most = len(counts) if most_copies is None else most_copies
-    prices = [getattr(costs, field.name) for field in fields(Costs)]
-    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, prices)]
+    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, _prices(costs))]
     sizes = (number, depth, len(counts), topology.ranks, topology.ranks_per_node, most)
     if run_compiled("prefix_times", [*integers, np.ascontiguousarray(templates, bool), times], sizes):
         return times
@@ -134,8 +148,14 @@ def prefix_times(
     for template, found in zip(templates, times, strict=True):
         load = alone.prefixes(_load(counts[:depth], template, owners[:depth], topology, costs))
         fits = load.copies.ranks[0].max(-1) <= most
-        found[fits] = _time(load, load.copies, topology, costs)[fits]
+        found[fits] = _time(load, topology, costs)[fits]
     return times
+
+
+@lru_cache
+def _prices(costs: Costs) -> Int64[np.ndarray, " prices"]:
+    """The fields in order, as the compiled kernel reads them."""
+    return np.array([getattr(costs, field.name) for field in fields(Costs)], np.int64)
 
 
 class _Traffic(NamedTuple):
@@ -164,9 +184,6 @@ class _Load(NamedTuple):
     rows: _Traffic
     copies: _Traffic
 
-    def total(self) -> "_Load":
-        return _Load(self.work.sum(0, keepdims=True), self.rows.total(), self.copies.total())
-
     def prefixes(self, other: "_Load") -> "_Load":
         """The total, with none to all of the first experts as in `other`."""
         work = _prefixes(self.work, other.work)
@@ -179,15 +196,13 @@ def _prefixes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.concatenate([total, total + replaced.cumsum(-2)], -2)
 
 
-def _time(load: _Load, early: _Traffic, topology: Topology, costs: Costs) -> Int64[np.ndarray, " K"]:
-    """`early`: copies that other work can hide."""
+def _time(load: _Load, topology: Topology, costs: Costs) -> Int64[np.ndarray, " K"]:
     trip = load.rows.time(costs.row_near, costs.row_far, costs.message * costs.micro_batches, topology)
-    gather = early.time(costs.copy_near, costs.copy_far, costs.message, topology)
-    again = load.copies.time(costs.copy_near, costs.copy_far, costs.message, topology)
+    gather = load.copies.time(costs.copy_near, costs.copy_far, costs.message, topology)
     back = load.copies.time(costs.grad_near, costs.grad_far, costs.message, topology)
     forward = costs.gathers_forward * np.maximum(0, gather - costs.hidden_forward)
     hidden = max(costs.gathers_backward, costs.reductions) * costs.hidden_backward
-    backward = np.maximum(0, costs.gathers_backward * again + costs.reductions * back - hidden)
+    backward = np.maximum(0, costs.gathers_backward * gather + costs.reductions * back - hidden)
     return load.work.max(1) + 4 * trip + forward + backward
 
 

@@ -62,6 +62,8 @@ class Hecate:
             return planned
         room = most - (planned & ~alone).sum(1)
         more = sparse_materialization(exact.sum(0), planned, room, overlap, topology)
+        if (more == planned).all():
+            return planned
         costs = self.costs.of_one_call()
         before, after = (
             layer_time(exact, plan, owners, topology, costs, planned=planned) for plan in (planned, more)

@@ -16,6 +16,7 @@ from moesaic.parallel.banks import Copying, OwnedBank
 from moesaic.parallel.collectives import Flat
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.placement import OwnerMap, Topology, even_owners
+from moesaic.parallel.plans import CustomPlanConfig
 from moesaic.parallel.ranks import Ranks, limit_waits
 from moesaic.parallel.slots import Slots, take_banks
 from moesaic.parallel.two_level import TwoLevel
@@ -61,7 +62,7 @@ def own_experts(
             named[source.name],
             topology,
             max_rows=owned.max_rows,
-            compare_plans=owned.compare_plans,
+            compare_plans=owned.compare_plans or isinstance(owned.plan, CustomPlanConfig),
             recomputed=config.recompute != "none",
             name=path or "a layer",
         )

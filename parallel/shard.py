@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moesaic.moe.topk import TopKRouter
+from moesaic.moe.router import Router
 from moesaic.parallel.ranks import Ranks, waiting_for
 from moesaic.parallel.slots import ExpertRows, SlotTable, slots_of
 
@@ -50,7 +50,7 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that every rank holds whole, in the order of the model."""
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
     of_routers = {id(parameter) for router in routers for parameter in router.parameters()}
     return [p for p in model.parameters() if p.ndim < 2 or id(p) in of_routers]
 

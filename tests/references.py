@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels import native
-from moesaic.moe import MoE, Routing
+from moesaic.moe import MoE, Routing, TopKRouter
 
 
 def expert_by_hand(kind: str, w1: Tensor, w2: Tensor, x: Tensor) -> Tensor:
@@ -56,3 +56,9 @@ def engines() -> list:
         pytest.param("triton", "cpu", id="interpreter", marks=interpreted),
         pytest.param("triton", "cuda", id="gpu", marks=pytest.mark.gpu),
     ]
+
+
+def bias_of(moe: MoE) -> Tensor:
+    """The selection bias of a layer whose router has one."""
+    assert isinstance(moe.router, TopKRouter)
+    return moe.router.bias

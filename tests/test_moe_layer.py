@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from references import largest_error, moe_by_tokens
+from references import bias_of, largest_error, moe_by_tokens
 from torch import Tensor
 
 from moesaic.kernels.backend import Backend, triton_refusal
@@ -31,7 +31,7 @@ def layer(dim: int = 6, **changes: object) -> MoE:
     config = replace(MoE.Config(num_experts=5, hidden=4, router=router, aux=TERMS), **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
     moe = MoE(config, dim).double()
-    moe.router.bias.copy_(torch.linspace(-0.2, 0.3, config.num_experts))
+    bias_of(moe).copy_(torch.linspace(-0.2, 0.3, config.num_experts))
     return moe
 
 
@@ -76,8 +76,8 @@ def test_empty_experts_and_all_tokens_to_one(spread: str) -> None:
     moe = layer(
         num_experts=40, router=TopKRouter.Config(k=1 if spread == "all_to_one" else 2, normalize="before")
     )
-    moe.router.bias.fill_(0)
-    moe.router.bias[[3] if spread == "all_to_one" else [0, 39]] = 100
+    bias_of(moe).fill_(0)
+    bias_of(moe)[[3] if spread == "all_to_one" else [0, 39]] = 100
     x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     routing = moe.route(RouterInput(tokens=x, mode="train"))
     counts = make_plan(routing, 40).counts

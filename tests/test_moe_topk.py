@@ -187,6 +187,7 @@ def test_sign_rule_balances_a_skewed_router() -> None:
         num_experts=8, hidden=2, router=TopKRouter.Config(k=2, score="sigmoid", bias_rate=0.01)
     )
     moe = MoE(config, 6).double()
+    assert isinstance(moe.router, TopKRouter)
     with torch.no_grad():
         moe.router.gate[:2] += 2
     x = torch.randn(2000, 6, dtype=torch.float64) + 0.5

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import pytest
 import torch
+from references import bias_of
 
 from moesaic.launch.config import read_run
 from moesaic.moe.layer import MoE
@@ -202,9 +203,9 @@ class Before:
         for block in trainee.model.blocks:
             if isinstance(block.ffn, MoE):
                 if self.case.edge == "no tokens for one expert":
-                    block.ffn.router.bias[step % 2] = -100.0
+                    bias_of(block.ffn)[step % 2] = -100.0
                 if self.case.edge == "all tokens to one":
-                    block.ffn.router.bias.copy_(100.0 * torch.arange(block.ffn.router.num_experts))
+                    bias_of(block.ffn).copy_(100.0 * torch.arange(block.ffn.router.num_experts))
         tables = slot_tables(trainee.model)
         if not tables:
             return

@@ -107,6 +107,19 @@ def test_the_search_is_the_best_of_them(bank: tuple, overlap: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@given(banks(), st.integers(2, 5))
+def test_a_step_seen_again_changes_nothing(bank: tuple, times: int) -> None:
+    """Added up over a window, rows are weighed against as many steps' copies."""
+    (counts, *_), owners, topology, prices = bank
+    counts = counts * 2520  # which all numbers up to nine divide
+    once, often = (
+        Auto(AutoConfig(margin=0.0), prices).plan([counts] * number, None, owners, topology)
+        for number in (1, times)
+    )
+    assert (once == often).all()
+
+
+@settings(max_examples=60, deadline=None)
 @given(banks(), st.sampled_from([None, 0, 1, 2]))
 def test_a_remembered_plan_never_costs_more_than_no_copies(bank: tuple, most: int | None) -> None:
     counts, owners, topology, prices = bank

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from references import bias_of
 from torch.distributed.fsdp import FSDPModule
 from typer.testing import CliRunner
 
@@ -171,7 +172,7 @@ def test_counts_from_evaluation_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
     def leaking(model: Any, *args: Any) -> Any:
         for block in model.blocks:
             if isinstance(block.ffn, MoE):
-                block.ffn.router.bias.add_(1e-3 * torch.arange(block.ffn.router.num_experts))
+                bias_of(block.ffn).add_(1e-3 * torch.arange(block.ffn.router.num_experts))
         return true(model, *args)
 
     monkeypatch.setattr(audits, "evaluate", on_ranks(leaking, true))
@@ -190,11 +191,11 @@ def test_clipping_by_the_local_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_stale_buffer_on_one_rank_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = audits.rules_of
+    true = audits.build_rules
     monkeypatch.setattr(
         audits,
-        "rules_of",
-        lambda model, *_, **__: [] if dist.is_initialized() and dist.get_rank() == 1 else true(model),
+        "build_rules",
+        lambda *args: [] if dist.is_initialized() and dist.get_rank() == 1 else true(*args),
     )
     found = by_kind(run_audit().findings)["after step ffn.router.bias"]
     assert not found.passed

@@ -65,7 +65,9 @@ CASES = {
     4: (
         [],
         ["parallel.dp_replicate=2"],
-        ["model.ffn_at={'1': {kind: moe, num_experts: 5, hidden: 9, expert: relu2, router: {k: 2}}}"],
+        [
+            "model.ffn_at={'1': {kind: moe, num_experts: 5, hidden: 9, expert: relu2, router: {kind: topk, k: 2}}}"
+        ],
     ),
 }
 
@@ -132,6 +134,31 @@ def test_owners_follow_the_rows() -> None:
         assert seen[1]["owners/moved"] > 0
         assert seen[1]["owners/peak_after"] < seen[1]["owners/peak_before"]
         assert seen[2] == seen[1]
+
+
+def test_copied_experts_do_not_count_for_heterogeneous_owners() -> None:
+    """Experts 0 and 1 are hot and copied everywhere; of the others, 2 and 3 are the heaviest."""
+    run = small(2, "parallel.experts.rebalance=1", "parallel.experts.owners=heterogeneous")
+
+    def work() -> list[tuple[int, ...]]:
+        ranks = ranks_of(run.parallel, "cpu")
+        model = audits.build_model_wide(run, Device(torch.device("cpu"), torch.float64, 1, "", ""), ranks)
+        slots = slots_of(model)
+        assert slots is not None
+        for bank in slots.banks.values():
+            bank.present = bank.alone.copy()
+            bank.present[:, [0, 1]] = True
+        rules = rules_of(model, build_optimizer(model, run.optim), owned=run.parallel.owned)
+        (rule,) = (rule for rule in rules if isinstance(rule, Rebalance))
+        layers = [n for n, block in enumerate(model.blocks) if hasattr(block.ffn, "router")]
+        rows = torch.ones(len(next(iter(slots.owners.owners.values()))), dtype=torch.int64)
+        rows[:4] = torch.tensor([900, 800, 50, 40])
+        rule(model, audits.steps.StepState(0, dict.fromkeys(layers, rows)))
+        return list(slots.owners.owners.values())
+
+    for owners in run_ranks(work, 2)[0]:
+        assert owners[2] != owners[3], "the heaviest that are not copied are apart"
+        assert owners[0] != owners[1], "so are the owners that send copies"
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:

@@ -60,7 +60,7 @@ def build_rules(
     """The rules of a run. Where copies are planned by what they cost, that is measured now."""
     owned = run.parallel.owned
     replan = None
-    if owned is not None and slots_of(model) is not None:
+    if owned is not None and owned.copies and slots_of(model) is not None:
         replan = Replan(model, owned, ranks, micro_batches=run.train.micro_batches, dtype=device.dtype)
     return rules_of(model, optimizer, owned=owned, replan=replan)
 
@@ -81,7 +81,13 @@ def build_model(run: RunConfig, vocab: int, device: Device, ranks: Ranks = ALONE
 
 def compute_of(run: RunConfig, device: Device) -> Compute:
     """How forward passes of this run compute."""
-    return Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents)
+    return Compute(
+        device.device,
+        device.dtype,
+        seed=run.seed,
+        mask_documents=run.data.mask_documents,
+        step_tokens=run.train.batch_tokens,
+    )
 
 
 @dataclass

@@ -18,13 +18,14 @@ from moesaic.models.names import logical_tensors
 from moesaic.models.transformer import Transformer
 from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
+from moesaic.moe.replay import ReplayRouter
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.shard import gradient_norm, owned_parameters
 from moesaic.parallel.slots import ExpertRows
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import step as steps
-from moesaic.train.assemble import Trainee, build_model, build_rules
+from moesaic.train.assemble import Trainee, build_model, build_rules, compute_of
 from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.evaluate import evaluate
@@ -157,6 +158,8 @@ def small_ffn(ffn: FeedForward.Config | MoE.Config) -> FeedForward.Config | MoE.
     if isinstance(ffn, FeedForward.Config):
         return replace(ffn, hidden=20)
     router = ffn.router
+    if isinstance(router, ReplayRouter.Config):  # the experts are those of the trace
+        return replace(ffn, hidden=20)
     per_group = max(2, -(-(router.k + 1) // (router.groups_kept or router.groups)))
     experts = min(ffn.num_experts, router.groups * per_group)
     return replace(ffn, num_experts=experts, hidden=20)
@@ -205,7 +208,7 @@ def observe(
         model,
         optimizer,
         build_rules(model, optimizer, run, device, ranks),
-        steps.Compute(device.device, device.dtype, seed=run.seed, mask_documents=run.data.mask_documents),
+        compute_of(run, device),
         ranks,
     )
     micro = run.train.micro_batches

@@ -10,6 +10,7 @@ from typing import Literal
 from moesaic.data.config import BpeTokenizer, DataConfig, MixtureData, TokensData
 from moesaic.kernels.backend import Backend
 from moesaic.models.transformer import Transformer
+from moesaic.moe.layer import MoE
 from moesaic.moe.sizes import check_size
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checkpoints import CheckpointConfig
@@ -81,6 +82,8 @@ class LogConfig:
     """Steps between lines of `metrics.jsonl` and of the progress display."""
     tensorboard: bool = True
     """Write TensorBoard event files to `runs/<name>/tensorboard`."""
+    routing: bool = False
+    """Write `runs/<name>/routing.npz`: how many tokens of every rank each expert of every layer had, step by step."""
 
     def __post_init__(self) -> None:
         positive(self, "every")
@@ -157,6 +160,13 @@ class RunConfig:
                 f"fewer than the {world_size} processes; give at least {world_size * seq_len}"
             )
         self.optim.schedule.check(self.train.steps)
+        sizes = {(ffn.num_experts, ffn.router.k) for ffn in self.model.ffns() if isinstance(ffn, MoE.Config)}
+        if self.log.routing and len(sizes) != 1:
+            found = ", ".join(f"{k} of {experts}" for experts, k in sorted(sizes)) or "none"
+            raise ValueError(
+                f"log.routing: a trace has layers of one number of experts and of experts per token, and the model's "
+                f"have {found}; make them equal, or set log.routing=false"
+            )
 
     def check_layout(self, world_size: int) -> None:
         """Raise ValueError where the layout, or the optimizer in it, cannot run on so many processes."""

@@ -22,6 +22,7 @@ from moesaic.train.facts import Evaluation, Progress
 from moesaic.train.health import CollapseWatch, LayerLoad, health_record, imbalance
 from moesaic.train.nonfinite import explain, save_batch
 from moesaic.train.profiling import Profiler
+from moesaic.train.recorder import RoutingRecorder
 from moesaic.train.rules import states_of
 from moesaic.train.step import NonFiniteError, Sums, accumulate, update
 from moesaic.train.stopping import StopRequest
@@ -59,6 +60,7 @@ class Loop:
     display: Display
     profiler: Profiler | None
     tally: Tally
+    recorder: RoutingRecorder | None = None
 
     def __post_init__(self) -> None:
         self.watch = CollapseWatch()
@@ -80,6 +82,8 @@ class Loop:
             except NonFiniteError as error:
                 return self.fail(batch, error)
             seconds = time.perf_counter() - started
+            if self.recorder is not None:
+                self.recorder.append(self.tally.step, sums)
             self.tally.step += 1
             self.tally.seconds += seconds
             bytes_, stopping = self.agree(batch, stop)
@@ -204,6 +208,8 @@ class Loop:
 
     def save(self) -> None:
         """Save tensors and tally under the number of steps done."""
+        if self.recorder is not None:
+            self.recorder.sync()
         meta = {
             **asdict(self.tally),
             "loader": self.loader.state(self.tally.step),

@@ -6,7 +6,7 @@ it remembers lies in tensors of the model, which are checkpointed, or is told by
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moesaic.models.transformer import Transformer
 from moesaic.moe.layer import MoE
-from moesaic.moe.topk import balanced_bias
+from moesaic.moe.topk import TopKRouter, balanced_bias
 from moesaic.parallel.banks import OwnedBank
 from moesaic.parallel.config import OwnedExperts
+from moesaic.parallel.hecate import heterogeneous_owners
 from moesaic.parallel.placement import OwnerMap, better_owners, peak
 from moesaic.parallel.replan import Replan
 from moesaic.parallel.reshard import reshard
@@ -61,6 +62,8 @@ def balance_bias(model: Transformer, state: StepState) -> dict[str, float]:
     largest = 0.0
     for layer, counts in state.counts.items():
         router = sparse_layer(model, layer).router
+        if not isinstance(router, TopKRouter):
+            continue
         router.bias.copy_(balanced_bias(router.bias, counts, router.config.bias_rate))
         largest = max(largest, router.bias.abs().max().item())
     return {"router/largest_bias": largest}
@@ -70,13 +73,16 @@ def balance_bias(model: Transformer, state: StepState) -> dict[str, float]:
 class Rebalance:
     """Gives experts new owners every so many steps, by the rows that they had since.
 
-    Layers that share a bank add their rows. A bank's experts move only where that brings the busiest rank nearer to the
-    mean by more than `MARGIN`. Weights and optimizer state go along, so no value depends on who owns what.
+    Layers that share a bank add their rows. With `balanced` owners a bank's experts move only where that brings the
+    busiest rank nearer to the mean by more than `MARGIN`. Weights and optimizer state go along, so no value depends on
+    who owns what.
     """
 
     every: int
     """Steps between moves."""
     optimizer: torch.optim.Optimizer
+    owners: Literal["balanced", "heterogeneous"] = "balanced"
+    """See `OwnedExperts`."""
     rows: dict[str, Int[Tensor, " E"]] = field(default_factory=dict)
     """By bank, since the last time."""
     last: dict[str, float] = field(default_factory=dict)
@@ -99,7 +105,11 @@ class Rebalance:
         assert slots is not None
         old = slots.owners
         loads = {bank: self.rows[bank].tolist() for bank in old.owners}
-        new = better_owners(loads, old, MARGIN)
+        if self.owners == "balanced":
+            new = better_owners(loads, old, MARGIN)
+        else:
+            copied = [int((bank.present & ~bank.alone).any(0).sum()) for bank in slots.banks.values()]
+            new = heterogeneous_owners(loads, round(sum(copied) / len(copied)), slots.topology)
         moved = reshard(model, self.optimizer, new)
         return {
             "owners/moved": float(moved),
@@ -160,10 +170,11 @@ def rules_of(
     """
     sparse = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     rules: list[Rule] = []
-    if any(ffn.router.config.bias_rate > 0 for ffn in sparse):
+    routers = [ffn.router for ffn in sparse]
+    if any(isinstance(router, TopKRouter) and router.config.bias_rate > 0 for router in routers):
         rules.append(balance_bias)
     if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
-        rules.append(Rebalance(owned.rebalance, optimizer))
+        rules.append(Rebalance(owned.rebalance, optimizer, owned.owners))
     if replan is not None:
         rules.append(Plan(replan))
     return rules

@@ -6,6 +6,7 @@
         log.txt             everything that was said, with times
         metrics.jsonl       one record per line (`train/writers.py`)
         checkpoints/        `train/checkpoints.py`
+        routing.npz         with log.routing: who sent how many tokens to which expert (`train/recorder.py`)
         tensorboard/        event files
         samples.txt         texts the model wrote
         report.html         all of this as one page (`train/report.py`)

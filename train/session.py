@@ -41,6 +41,7 @@ from moesaic.train.loop import Loop, Tally, text_digest
 from moesaic.train.memory import estimate
 from moesaic.train.optim import parameter_groups
 from moesaic.train.profiling import Profiler
+from moesaic.train.recorder import RoutingRecorder
 from moesaic.train.rules import restore_rules
 from moesaic.train.run_dir import RunDir, holds_run, refuse_existing
 from moesaic.train.run_log import ReportError, read_log
@@ -172,12 +173,15 @@ def work(
         display=display,
         profiler=Profiler(folder.path / "profile") if profile and ranks.first else None,
         tally=tally,
+        recorder=RoutingRecorder(folder.path, run.model, ranks, step=tally.step) if run.log.routing else None,
     )
     with StopRequest() as stop:
         outcome = loop.run(stop)
     if loop.profiler is not None:
         loop.profiler.close()
     metrics.close()
+    if loop.recorder is not None:
+        loop.recorder.close()
     samples = write_samples(run, folder, trainee, prepared, tally) if outcome == "finished" else []
     folder.record_end(outcome)
     drawn = draw_report(folder, accounting, display) if ranks.first else None

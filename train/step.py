@@ -5,7 +5,7 @@ count, and the gradient does not depend on how the batch was cut.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Sums:
     loss: Tensor
     """Nats."""
     layers: dict[int, LayerSums] = field(default_factory=dict)
+    own: dict[int, Tensor] = field(default_factory=dict)
+    """By sparse layer, the assignments per expert of this rank's tokens alone."""
 
     def add(self, output: Output, aux: list[AuxValue]) -> None:
         """Add a micro-batch."""
@@ -55,8 +57,9 @@ class Sums:
 
     def over(self, ranks: Ranks) -> "Sums":
         """The sums over all ranks."""
+        own = {number: sums.counts for number, sums in self.layers.items()}
         if ranks.size == 1:
-            return self
+            return replace(self, own=own)
         layers = list(self.layers.values())
         mine = [self.loss, *(part for s in layers for part in (s.counts, s.entropy, *s.aux.values()))]
         flat = ranks.sum(torch.cat([part.detach().double().flatten() for part in mine]))
@@ -72,6 +75,7 @@ class Sums:
                 number: LayerSums(next(rest), next(rest), {name: next(rest) for name in sums.aux})
                 for number, sums in self.layers.items()
             },
+            own,
         )
 
 
@@ -87,6 +91,8 @@ class Compute:
     dtype: torch.dtype
     seed: int = 0
     mask_documents: bool = True
+    step_tokens: int | None = None
+    """Tokens of a global batch, which routers may ask for. None: those of one forward pass."""
 
     def forward(self, model: Transformer, batch: Batch, *, mode: Mode, step: int = 0) -> Output:
         """The loss of one micro-batch."""
@@ -100,6 +106,7 @@ class Compute:
             rows=batch.rows.to(**move),
             step=step,
             seed=self.seed,
+            step_tokens=self.step_tokens,
             dtype=self.dtype,
         )
 

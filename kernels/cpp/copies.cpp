@@ -93,8 +93,9 @@ struct Load {
         work[owner] += costs.of(total);
     }
 
-    // From its owner only to where the template has it; only ranks that have it see another load than that.
-    void widen(const int64_t* counts, const int64_t* of_node, const std::uint8_t* there, int64_t owner, const Costs& costs) {
+    // From its owner only to where the template has it; only ranks that have it see another load than that. False where
+    // that is its owner only.
+    bool widen(const int64_t* counts, const int64_t* of_node, const std::uint8_t* there, int64_t owner, const Costs& costs) {
         const int64_t home = owner / nodes.per_node;
         int64_t copies = 0, far = 0, total = 0;
         for (int64_t n = 0; n < nodes.count(); ++n) {
@@ -104,7 +105,7 @@ struct Load {
             ends[n] = copies;
             if (copies == first) far += of_node[n];
         }
-        if (copies == 1) return;
+        if (copies == 1) return false;
         const int64_t far_share = share(far, copies);
         work[owner] -= costs.of(total);
         guests[owner] -= total - counts[owner];
@@ -112,6 +113,20 @@ struct Load {
         taken[owner] -= 1;
         given[owner] += copies - 1;
         rows_in[home] -= total - of_node[home];
+        if (copies == nodes.ranks) {  // no row travels
+            for (int64_t r = 0; r < nodes.ranks; ++r) {
+                work[r] += costs.of(counts[r]);
+                sent[r] -= counts[r];
+                taken[r] += 1;
+            }
+            for (int64_t n = 0; n < nodes.count(); ++n) {
+                const int64_t here = nodes.end(n) - nodes.begin(n), away = n != home;
+                rows_out[n] -= away * of_node[n];
+                copies_in[n] += away * here;
+                copies_out[home] += away * here;
+            }
+            return true;
+        }
         for (int64_t n = 0, first = 0; n < nodes.count(); first = ends[n++]) {
             const int64_t here = ends[n] - first;
             if (here == 0) continue;
@@ -133,6 +148,7 @@ struct Load {
                 copies_in[n] += here;
             }
         }
+        return true;
     }
 
     int64_t most(const int64_t* part, int64_t length) const {
@@ -176,9 +192,12 @@ static void prefix_times(const int64_t* counts, const int64_t* owners, const std
         int64_t* found = times + i * (depth + 1);
         found[0] = load.time(costs);
         for (int64_t e = 0; e < depth; ++e) {
-            load.widen(counts + e * nodes.ranks, &of_node[e * nodes.count()], templates + (i * depth + e) * nodes.ranks,
-                       owners[e], costs);
-            if (load.most(load.taken, nodes.ranks) <= most_copies) found[e + 1] = load.time(costs);
+            const bool more = load.widen(counts + e * nodes.ranks, &of_node[e * nodes.count()],
+                                         templates + (i * depth + e) * nodes.ranks, owners[e], costs);
+            if (!more)
+                found[e + 1] = found[e];
+            else if (load.most(load.taken, nodes.ranks) <= most_copies)
+                found[e + 1] = load.time(costs);
         }
     }
 }
