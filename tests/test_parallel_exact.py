@@ -218,8 +218,9 @@ class Before:
         for bank in slots.banks.values():
             popular = 40 * chance.random(len(bank.owners)) ** 4
             bank.history = bank.history or [chance.poisson(popular, bank.loads.shape)]
-        (plans,) = [rule for rule in trainee.rules if isinstance(rule, Plan)]
-        plans.replan.plan()
+        for rule in trainee.rules:
+            if isinstance(rule, Plan):
+                rule.replan.plan()
         if self.case.plan == "random":
             for bank in slots.banks.values():
                 bank.present = bank.alone | (chance.random(bank.alone.shape) < 0.5)
