@@ -23,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.kernels.combine import combine_rows, gather_rows
 from moesaic.moe.experts import Experts, Weights
 from moesaic.moe.routing import Plan
+from moesaic.parallel.agree import made_alike
 from moesaic.parallel.banks import BackwardBegins, BackwardNeeds, Gather, Materialized, OwnedBank
 from moesaic.parallel.collectives import Wanted, uploaded
-from moesaic.parallel.placement import Present, Round, Topology, digest, rounds, token_plan
-from moesaic.parallel.plans import PlanError, check_plan
+from moesaic.parallel.placement import Counts, Present, Round, Topology, digest, rounds, token_plan
+from moesaic.parallel.plans import PlanError, check_form
 from moesaic.parallel.ranks import waiting_for
 
 
@@ -149,9 +150,7 @@ class AllToAll:
         self.traffic.bytes_counts += (ranks - 1) * plan.counts.nbytes
         present, bank = self.bank.present, self.bank
         if bank.planner is not None and bank.planner.exact:
-            wider = present | bank.planner.plan(bank.history, counts, bank.owners, self.topology)
-            check_plan(bank.name, wider, bank.owners, self.topology)
-            present = wider
+            present = present | self._exact(counts)
         tokens = token_plan(counts, present, self.topology)
         here = bank.alone | (tokens.sum(0).T > 0)
         if self.compare_plans:
@@ -207,6 +206,21 @@ class AllToAll:
             use.prefetch = lambda: self.prefetch(use.dtype, use.wanted)
         self.bank.copying.order.append(use)
         return BackwardBegins.apply(y, use)  # type: ignore[no-any-return]
+
+    def _exact(self, counts: Counts) -> Present:
+        """What the planner wants, now that counts are known."""
+        bank = self.bank
+        assert bank.planner is not None
+        planner = bank.planner
+
+        def ask(name: str) -> Present:
+            found = planner.plan(bank.history, counts, bank.owners, self.topology)
+            check_form(name, found, bank.owners, self.topology)
+            return found
+
+        return (
+            made_alike(ask, [bank.name], digest, self.group)[bank.name] if bank.compared else ask(bank.name)
+        )
 
     def _compare(self, mine: int) -> None:
         found: list[Any] = [None] * self.topology.ranks

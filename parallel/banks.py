@@ -8,6 +8,7 @@ Dims: P ranks, E experts of the bank, M experts that are here, L length of a row
 """
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moesaic.moe.experts import Weights
 from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted
@@ -49,6 +51,19 @@ class Copying:
     order: list["Materialized"] = field(default_factory=list)
     """Uses that will gather again in the backward pass, in order of the forward pass."""
     seconds_waited: float = 0.0
+    changes: int = 0
+    """Of weights, where tensors do not count them: steps of optimizers (fused kernels leave no trace), and moves."""
+
+    def count_steps(self) -> None:
+        """Count the steps of all optimizers from now on, as one of them has these weights."""
+        here = weakref.ref(self)
+
+        def stepped(*_: object) -> None:
+            copying = here()
+            if copying is not None:
+                copying.changes += 1
+
+        weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
 
     def again(self, use: "Materialized") -> None:
         """The backward pass has come to this use: gather for it, and for those that come next."""
@@ -119,6 +134,8 @@ class OwnedBank:
         self.name, self.table, self.rank, self.copying = name, table, rank, copying
         self.planner: Planner | None = None
         """Asked within a layer, where it wants to see the layer's own counts."""
+        self.compared = False
+        """Whether ranks then compare what it planned."""
         self.history: list[Counts] = []
         """Counts of the last steps, oldest first."""
         self.loads: Counts = np.zeros((ranks, len(owners)), np.int64)
@@ -134,15 +151,17 @@ class OwnedBank:
     def own(self, owners: tuple[int, ...]) -> None:
         """Set the owners; no expert has copies then."""
         self.owners = owners
+        self.copying.changes += 1
+        self.kept = None
         self.alone: Present = no_copies(owners, len(self.loads))
         self.present: Present = self.alone
         """The materialisation plan of this step."""
         self.held_wanted: Wanted = np.zeros_like(self.alone)
 
     @property
-    def version(self) -> int:
+    def version(self) -> tuple[int, int]:
         """Changes with the weights."""
-        return self.table.master._version
+        return self.copying.changes, self.table.master._version
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """All experts that the plan has here, in the compute type."""
@@ -157,7 +176,8 @@ class OwnedBank:
             return self.kept
         self.kept = None
         found = Gather(self, dtype, self.present & ~self.alone if wanted is None else wanted)
-        if self.copying.accumulate == "last" and not self.copying.rematerialize:
+        keeps = self.copying.accumulate == "last" and not self.copying.rematerialize
+        if keeps and torch.is_grad_enabled():  # what an evaluation sends for serves no step
             self.kept = found
         return found
 

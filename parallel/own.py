@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,13 @@ def own_experts(
     """Put the experts of all banks of `model` into slot tables, `model.slots`, and let its layers send tokens.
 
     In place. The owners of one copy of the model are its `dp_shard` ranks; `owners` numbers them from 0 (None: evenly).
-    Values are to be initialised or loaded afterwards.
+    Values are to be initialised or loaded afterwards. Raises ValueError, on every rank, where ranks have unlike banks,
+    or nodes of unequal sizes do not allow two levels.
     """
     assert ranks.mesh is not None
     owned = config.owned or OwnedExperts()
     banks = [module for module in model.modules() if isinstance(module, Bank)]
+    per_node = agreed(banks, ranks, owned.levels)
     # groups of their own: rows must not queue behind the gathering of other weights
     mesh = init_device_mesh(
         ranks.mesh.device_type, tuple(ranks.mesh.shape), mesh_dim_names=("copies", "owners")
@@ -42,7 +45,7 @@ def own_experts(
     owners = owners or even_owners({bank.name: bank.num_experts for bank in banks}, size)
     chosen = owners
     tables = take_banks(banks, lambda bank: chosen.experts(bank, rank))
-    topology = Topology(size, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    topology = Topology(size, min(size, per_node))
     copying = copying_of(owned, mesh, topology, config)
     named = {
         bank: OwnedBank(bank, table, owners.owners[bank], rank, size, copying)
@@ -65,6 +68,37 @@ def own_experts(
         )
 
 
+def agreed(banks: Sequence[Bank], ranks: Ranks, levels: Literal["one", "two"]) -> int:
+    """Ranks per node, the most that one has, once all ranks are known to have the same banks; collective.
+
+    Ranks that plan for unlike banks or nodes would wait for each other in vain. Raises ValueError on all of them.
+    """
+    mine = {bank.name: tuple(bank.w1.shape) for bank in banks}
+    every = ranks.gather((mine, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    for rank, (theirs, _) in enumerate(every):
+        for name in sorted(theirs.keys() | every[0][0].keys()):
+            first, here = every[0][0].get(name), theirs.get(name)
+            if first != here:
+                raise ValueError(
+                    f"bank {name!r}: {_in_words(first)} on rank 0, but {_in_words(here)} on rank {rank}; every rank "
+                    "needs the same model: give all the same config"
+                )
+    sizes = [size for _, size in every]
+    if levels == "two" and len(set(sizes)) > 1:
+        raise ValueError(
+            "parallel.experts.levels: two levels need nodes with equally many ranks, but there are nodes of "
+            f"{', '.join(map(str, sorted(set(sizes))))}; use `levels: one`, or start as many processes on every node"
+        )
+    return max(sizes)
+
+
+def _in_words(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "no such bank"
+    experts, inputs, hidden, width = shape
+    return f"{experts} experts of {inputs} x {hidden} x {width}"
+
+
 def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config: ParallelConfig) -> Copying:
     """How copies travel, in groups of their own; collective over all ranks."""
     copies, gradients = (
@@ -76,7 +110,7 @@ def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config
     by_copies, by_gradients = make(copies), make(gradients)
     for collectives in (by_copies, by_gradients):
         limit_waits(collectives.groups, config)
-    return Copying(
+    copying = Copying(
         by_copies,
         by_gradients,
         rematerialize=owned.rematerialize,
@@ -84,6 +118,8 @@ def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config
         wire=torch.bfloat16 if owned.gradients == "bf16" else None,
         prefetch=owned.prefetch,
     )
+    copying.count_steps()
+    return copying
 
 
 def prefetch_copies(units: Sequence[nn.Module], depth: int, dtype: torch.dtype) -> None:

@@ -157,6 +157,17 @@ def _custom(config: CustomPlanConfig, costs: Costs) -> Planner:
 
 def check_plan(bank: str, present: Present, owners: Sequence[int], topology: Topology) -> None:
     """Raise PlanError unless `present` is a bool array (P, E) with every expert on its owner."""
+    check_form(bank, present, owners, topology)
+    lost = np.flatnonzero(~present[list(owners), range(len(owners))])
+    if len(lost):
+        expert = int(lost[0])
+        raise PlanError(
+            f"bank {bank!r}: expert {expert} is not on its owner, rank {owners[expert]}; a plan may only add copies"
+        )
+
+
+def check_form(bank: str, present: Present, owners: Sequence[int], topology: Topology) -> None:
+    """Raise PlanError unless `present` is a bool array (P, E)."""
     shape = (topology.ranks, len(owners))
     if not isinstance(present, np.ndarray) or present.shape != shape or present.dtype != bool:
         what = (
@@ -164,10 +175,4 @@ def check_plan(bank: str, present: Present, owners: Sequence[int], topology: Top
         )
         raise PlanError(
             f"bank {bank!r}: a plan is a numpy array of bool {shape} (ranks, experts), not {what}"
-        )
-    lost = np.flatnonzero(~present[list(owners), range(len(owners))])
-    if len(lost):
-        expert = int(lost[0])
-        raise PlanError(
-            f"bank {bank!r}: expert {expert} is not on its owner, rank {owners[expert]}; a plan may only add copies"
         )

@@ -1,14 +1,15 @@
 """New materialisation plans after every step: what the layers counted becomes history, and planners look at it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from moesaic.parallel.agree import made_alike
 from moesaic.parallel.config import OwnedExperts
 from moesaic.parallel.costs import Costs
 from moesaic.parallel.measure import measure_costs
@@ -25,6 +26,8 @@ from moesaic.parallel.plans import (
 )
 from moesaic.parallel.ranks import Ranks, waiting_for
 from moesaic.parallel.slots import Slots, slots_of
+
+T = TypeVar("T")
 
 LONGEST_HISTORY = 16
 """Steps that planners can look back on."""
@@ -48,7 +51,8 @@ class Replan:
     ) -> None:
         """Measure costs, where they are not given, and make the first plans; collective.
 
-        `dtype`: in which layers compute. Raises ValueError for a planner that cannot be built, and PlanError.
+        `dtype`: in which layers compute. Raises PlanError, on every rank, where a planner cannot be built or its plan
+        cannot be.
         """
         slots = slots_of(model)
         assert slots is not None
@@ -68,11 +72,16 @@ class Replan:
     def use(self, costs: Mapping[str, Costs]) -> None:
         """Make planners that plan with these costs."""
         self.costs = dict(costs)
-        self.planners: dict[str, Planner] = {
-            name: build_planner(self.owned.plan, costs[name]) for name in self.slots.banks
-        }
+        self.planners = self.alike(self.build, lambda _: 0)
         for name, bank in self.slots.banks.items():
-            bank.planner = self.planners[name]
+            bank.planner, bank.compared = self.planners[name], self.compared
+
+    def build(self, bank: str) -> Planner:
+        """The planner of a bank. Raises PlanError for one that cannot be built."""
+        try:
+            return build_planner(self.owned.plan, self.costs[bank])
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
     def step(self) -> dict[str, float]:
         """Take in what a step counted, and plan the next one; collective. Returns metrics."""
@@ -100,38 +109,22 @@ class Replan:
 
     def plan(self) -> None:
         """Make every bank's plan. Raises PlanError, on all ranks, where a plan cannot be or ranks disagree."""
-        plans: dict[str, Present] = {}
-        problem = ""
-        for name, bank in self.slots.banks.items():
-            try:
-                found = self.planners[name].plan(bank.history, None, bank.owners, self.topology)
-                check_plan(name, found, bank.owners, self.topology)
-            except Exception as error:
-                if not self.compared:
-                    raise
-                problem = f"bank {name!r}: {type(error).__name__}: {error}"
-                break
-            plans[name] = found
-        if self.compared:
-            self.agree(problem, [digest(plan) for plan in plans.values()])
-        for name, plan in plans.items():
-            self.slots.banks[name].present = plan
+        for name, present in self.alike(self.asked, digest).items():
+            self.slots.banks[name].present = present
 
-    def agree(self, problem: str, digests: Sequence[int]) -> None:
-        """Raise PlanError on every rank where one has a problem, or another plan than the others."""
-        found: list[Any] = [None] * self.topology.ranks
-        with waiting_for("plans of all ranks", self.slots.group):
-            dist.all_gather_object(found, (problem, list(digests)), group=self.slots.group)
-        for rank, (theirs, _) in enumerate(found):
-            if theirs:
-                raise PlanError(f"parallel.experts.plan: the planner failed on rank {rank}: {theirs}")
-        for rank, (_, theirs) in enumerate(found):
-            for name, mine, first in zip(self.slots.banks, theirs, found[0][1], strict=True):
-                if mine != first:
-                    raise PlanError(
-                        f"parallel.experts.plan: bank {name!r}: ranks 0 and {rank} made different plans; a planner may "
-                        "only depend on what it is given, which is the same on every rank"
-                    )
+    def asked(self, bank: str) -> Present:
+        """What the planner of a bank says."""
+        of = self.slots.banks[bank]
+        found = self.planners[bank].plan(of.history, None, of.owners, self.topology)
+        check_plan(bank, found, of.owners, self.topology)
+        return found
+
+    def alike(self, make: Callable[[str], T], digest: Callable[[T], int]) -> dict[str, T]:
+        """What `make` gives for every bank; where ranks compare, it is the same on all of them, or PlanError."""
+        if not self.compared:
+            return {bank: make(bank) for bank in self.slots.banks}
+        assert self.ranks.control is not None
+        return made_alike(make, self.slots.banks, digest, self.ranks.control)
 
     def state(self) -> dict[str, Any]:
         """What the next plans depend on; JSON."""

@@ -227,6 +227,7 @@ class Slots(nn.ModuleList):
         for bank in self.banks.values():
             bank.send_held()
             bank.kept = None
+        self.copying.order.clear()  # of forward passes without a backward pass
         self.copying.finish()
         for table in self:
             table.settle()

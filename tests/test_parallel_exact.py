@@ -1,13 +1,16 @@
 """Owned experts train like one process: whole models, every combination of two options, experts that change owners.
 
-Whole models, not layers: attention and dense layers are sharded beside the experts, micro-batches add up, AdamW steps.
+Whole models, not layers: attention and dense layers are sharded beside the experts, micro-batches add up, AdamW steps,
+and experts have copies by every planner.
 """
 
 import itertools
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from references import bias_of
@@ -15,8 +18,13 @@ from references import bias_of
 from moesaic.launch.config import read_run
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
+from moesaic.parallel.auto import AutoConfig
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
+from moesaic.parallel.costs import Costs
+from moesaic.parallel.fastermoe import FasterMoEConfig
+from moesaic.parallel.hecate import HecateConfig
 from moesaic.parallel.placement import OwnerMap
+from moesaic.parallel.plans import ExpertParallelConfig, PlanConfig, ReplicateAllConfig
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.shard import slot_tables
@@ -25,12 +33,27 @@ from moesaic.parallel.spawn import run_ranks
 from moesaic.train import audit as audits
 from moesaic.train.assemble import Trainee
 from moesaic.train.config import RunConfig
+from moesaic.train.rules import Plan
 
 STEPS = 3
 """Of the slow tests; the others take two. Experts move before each, from the second on with their moments."""
-LIMIT = 1e-12
-"""Of float64, relative to the largest value."""
+LIMIT, LIMIT_MOVED = 1e-12, 1e-10
+"""Of float64, relative to the largest value: before AdamW's first step, and from it on. It divides gradients by their
+own size, so that what is next to nothing moves a weight as far as the rest, its rounding likewise."""
 
+COSTS = Costs(
+    row=1000, row_near=300, row_far=900, copy_near=4000, copy_far=9000, grad_near=4000, grad_far=9000
+)
+"""With which planners copy some experts, and not all."""
+PLANS: dict[str, PlanConfig] = {
+    "expert parallel": ExpertParallelConfig(),
+    "random": ExpertParallelConfig(),
+    "hecate": HecateConfig(overlap=2),
+    "calibrated": HecateConfig(overlap=2, most_copies=3, calibrate=True),
+    "fastermoe": FasterMoEConfig(),
+    "auto": AutoConfig(),
+    "everywhere": ReplicateAllConfig(),
+}
 OPTIONS = {
     "recompute": ("none", "block"),
     "micro": (1, 3),
@@ -45,8 +68,16 @@ OPTIONS = {
         "all tokens to one",
         "a rank of padding",
     ),
+    "plan": tuple(PLANS),
+    "rematerialize": (False, True),
+    "accumulate": ("each", "last"),
+    "prefetch": (0, 2),
+    "levels": ("one", "two"),
 }
-"""`copies` of the model: with as many as there are ranks, all experts are on every rank."""
+"""`copies` of the model: with as many as there are ranks, all experts are on every rank. `plan` and what follows are
+about copies of experts."""
+LAYOUT = 6
+"""Options that say nothing about copies of experts."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +90,11 @@ class Case:
     max_rows: int | None
     precision: str
     edge: str
+    plan: str
+    rematerialize: bool
+    accumulate: str
+    prefetch: int
+    levels: str
     compile: bool = False
 
     def dp_replicate(self, ranks: int) -> int:
@@ -69,29 +105,54 @@ class Case:
 
 
 def possible(case: Case, ranks: int) -> bool:
-    """Two copies on two ranks are `all`; only where ranks share a copy can one of them be left out."""
-    return (case.copies != 2 or ranks > 2) and (case.copies != "all" or case.edge != "owns nothing")
+    """Two copies on two ranks are `all`; only where ranks share a copy can one of them be left out, and experts be
+    copied. If one of two ranks has but padding, one micro-batch is one row, of one token: that attends to itself, and
+    attention's gradients are nothing but rounding."""
+    if (ranks, case.micro, case.edge) == (2, 1, "a rank of padding"):
+        return False
+    alone = ("expert parallel", False, "each", 0, "one")
+    return (case.copies != 2 or ranks > 2) and (
+        case.copies != "all" or (case.edge != "owns nothing" and astuple(case)[LAYOUT:-1] == alone)
+    )
 
 
-def product(ranks: int) -> list[Case]:
-    """All combinations."""
-    return [case for values in itertools.product(*OPTIONS.values()) if possible(case := Case(*values), ranks)]
+def drawn(ranks: int) -> list[Case]:
+    """Every combination of the options that say nothing about copies, 4 times, the others at random; and every
+    combination of those, the rest at random."""
+    draw = random.Random(0)
+    first, second = list(OPTIONS.values())[:LAYOUT], list(OPTIONS.values())[LAYOUT:]
+
+    def some(options: Sequence[Sequence[object]]) -> list[object]:
+        return [draw.choice(of) for of in options]
+
+    found = [[*values, *some(second)] for values in itertools.product(*first) for _ in range(4)]
+    found += [[*some(first), *values] for values in itertools.product(*second) for _ in range(4)]
+    found += [[*values, "expert parallel", False, "each", 0, "one"] for values in itertools.product(*first)]
+    return [case for values in found if possible(case := Case(*values), ranks)]  # type: ignore[arg-type]
 
 
 def pairs(case: Case) -> set[tuple[int, object, int, object]]:
-    """Every two values that a case brings together."""
+    """Every two values that a case brings together, but for an edge with a planner, of which there are too many, and
+    with copies of the model on all ranks, where no token travels. Nor must `hecate` meet everything: `calibrated` does
+    all that it does."""
+    edge, plan = LAYOUT - 1, LAYOUT
     values = astuple(case)
-    return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(OPTIONS)), 2)}
+    together = itertools.combinations([i for i in range(len(OPTIONS)) if values[i] != "hecate"], 2)
+    return {
+        (i, values[i], j, values[j])
+        for i, j in together
+        if (i, j) != (edge, plan) and not (values[i] == "all" and j == edge)
+    }
 
 
 def cover(ranks: int) -> list[Case]:
     """Few cases in which every two values of different options that can meet do: greedily."""
-    cases = product(ranks)
-    missing = set().union(*map(pairs, cases))
+    met = {case: pairs(case) for case in drawn(ranks)}
+    missing = set().union(*met.values())
     chosen = []
     while missing:
-        best = max(cases, key=lambda case: len(pairs(case) & missing))
-        missing -= pairs(best)
+        best = max(met, key=lambda case: len(met[case] & missing))
+        missing -= met[best]
         chosen.append(best)
     return chosen
 
@@ -114,7 +175,16 @@ def run_of(case: Case, ranks: int) -> RunConfig:
     sizes = {"batch_tokens": case.micro * rows * audits.SEQ_LEN, "micro_batch_tokens": rows * audits.SEQ_LEN}
     train = replace(run.train, **sizes)
     layout = ParallelConfig(
-        experts=OwnedExperts(max_rows=case.max_rows, compare_plans=True),
+        experts=OwnedExperts(
+            max_rows=case.max_rows,
+            compare_plans=True,
+            plan=PLANS[case.plan],
+            costs=COSTS,
+            rematerialize=case.rematerialize,
+            accumulate=case.accumulate,  # type: ignore[arg-type]
+            prefetch=case.prefetch,
+            levels=case.levels,  # type: ignore[arg-type]
+        ),
         dp_replicate=case.dp_replicate(ranks),
         recompute=case.recompute,  # type: ignore[arg-type]
         compile=case.compile,
@@ -123,7 +193,8 @@ def run_of(case: Case, ranks: int) -> RunConfig:
 
 
 class Before:
-    """Before every step: routing is steered as the case wants it, and all experts get new owners."""
+    """Before every step: routing is steered as the case wants it, all experts get new owners, and some get copies.
+    Counts of earlier steps are made up, so that planners have something to look back on."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -143,6 +214,16 @@ class Before:
         experts = {part.bank: part.num_experts for table in tables for part in table.owned.values()}
         new = self.drawn(experts, slots.owners.ranks, step)
         reshard(trainee.model, trainee.optimizer, new, slab=1 if step % 2 else 1 << 20)
+        chance = np.random.default_rng(step)
+        for bank in slots.banks.values():
+            popular = 40 * chance.random(len(bank.owners)) ** 4
+            bank.history = bank.history or [chance.poisson(popular, bank.loads.shape)]
+        for rule in trainee.rules:
+            if isinstance(rule, Plan):
+                rule.replan.plan()
+        if self.case.plan == "random":
+            for bank in slots.banks.values():
+                bank.present = bank.alone | (chance.random(bank.alone.shape) < 0.5)
 
     def drawn(self, experts: dict[str, int], ranks: int, step: int) -> OwnerMap:
         """Any owners, in any order; one of them may be left without."""
@@ -176,6 +257,8 @@ def check(cases: Sequence[Case], ranks: int, *, steps: int = STEPS, timeout: flo
         found = []
         for case in cases:
             run = run_of(case, ranks)
+            owners = run.parallel.shards(ranks)  # two levels: two nodes for them
+            os.environ["LOCAL_WORLD_SIZE"] = str(max(1, owners // 2) if case.levels == "two" else ranks)
             found.append(observed(case, ranks_of(run.parallel, "cpu"), run, steps))
         return found
 
@@ -194,15 +277,16 @@ def check(cases: Sequence[Case], ranks: int, *, steps: int = STEPS, timeout: flo
                 assert found.error < limit, f"{case}: {found}"
         else:
             for found in audits.compare(want, seen):
-                assert found.error <= LIMIT, f"{case}: {found}"
+                moved = found.step > 0 or found.what.startswith("after step")
+                assert found.error <= (LIMIT_MOVED if moved else LIMIT), f"{case}: {found}"
 
 
 def test_the_cover_covers() -> None:
     for ranks in (2, 4):
         chosen = cover(ranks)
         met = set().union(*map(pairs, chosen))
-        assert met == set().union(*map(pairs, product(ranks)))
-        assert len(chosen) < 20 < len(product(ranks)) // 5
+        assert met == set().union(*map(pairs, drawn(ranks)))
+        assert len(chosen) < 27 < len(drawn(ranks)) // 10
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -214,7 +298,7 @@ def test_pairs_of_options(ranks: int) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_options(ranks: int) -> None:
-    cases = product(ranks)
+    cases = drawn(ranks)[::4]
     for first in range(0, len(cases), 20):
         check(cases[first : first + 20], ranks, timeout=1200)
 

@@ -19,14 +19,15 @@ from moesaic.launch.cli import app
 from moesaic.launch.config import read_run
 from moesaic.models.block import Block
 from moesaic.moe.layer import MoE
-from moesaic.parallel import all_to_all
+from moesaic.parallel import all_to_all, banks
 from moesaic.parallel import shard as shards
+from moesaic.parallel.collectives import Arrived, Transfer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.placement import OwnerMap, even_owners
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.shard import slot_tables
-from moesaic.parallel.spawn import run_ranks
+from moesaic.parallel.spawn import RankFailedError, run_ranks
 from moesaic.train import audit as audits
 from moesaic.train import step as steps
 from moesaic.train.assemble import Trainee
@@ -306,6 +307,102 @@ def test_local_rows_in_the_gradient_of_gates_are_caught(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(all_to_all, "combine_rows", mixed)
     assert "grad ffn.router.gate" in owned()
+
+
+EVERYWHERE = "parallel.experts.plan.kind=replicate_all"
+
+
+def test_copies_pass() -> None:
+    assert owned(EVERYWHERE, "parallel.experts.accumulate=last") == {}
+    assert owned(EVERYWHERE, "parallel.experts.rematerialize=true", ranks=3) == {}
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_gradients_of_copies_that_are_not_returned_once_are_caught(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    true = banks.OwnedBank._send
+
+    def wrong(self: banks.OwnedBank, *args: Any) -> None:
+        for _ in range(times):
+            true(self, *args)
+
+    monkeypatch.setattr(banks.OwnedBank, "_send", wrong)
+    found = run_audit("parallel.experts.kind=owned", EVERYWHERE).findings
+    first = {finding.what: finding.scale for finding in found if finding.step == 0 and not finding.passed}
+    assert {"grad banks.w1", "grad banks.w2", "gradient norm", "after step banks.w1"} <= first.keys()
+    assert (first["grad banks.w1"] - 1) * (times - 1) > 0  # too short or too long
+    assert "grad ffn.router.gate" not in first
+
+
+class Kept:
+    """What a bank keeps, and does not let go of."""
+
+    def __get__(self, bank: banks.OwnedBank | None, _: object) -> Any:
+        return vars(bank).get("_kept")
+
+    def __set__(self, bank: banks.OwnedBank, gather: banks.Gather | None) -> None:
+        if gather is not None:
+            vars(bank)["_kept"] = gather
+
+
+def test_copies_of_stale_weights_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that were kept beyond their step are those of the weights before it; fused optimizers leave no trace in
+    tensors."""
+    monkeypatch.setattr(banks.Gather, "serves", lambda self, dtype: self.dtype == dtype)
+    monkeypatch.setattr(banks.OwnedBank, "kept", Kept(), raising=False)
+    settings = ["parallel.experts.kind=owned", EVERYWHERE, "parallel.experts.accumulate=last"]
+    found = run_audit(*settings).findings
+    assert all(finding.passed for finding in found if finding.step == 0)
+    assert {"loss", "grad banks.w1"} <= {finding.what for finding in found if not finding.passed}
+
+
+def test_copies_in_another_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of one expert are taken for another's."""
+    true = Transfer.finish
+
+    def reversed_experts(self: Transfer) -> Arrived:
+        arrived = true(self)
+        if self.what != "copies of experts":
+            return arrived
+        return Arrived(list(arrived.experts)[::-1], arrived.rows)
+
+    monkeypatch.setattr(Transfer, "finish", reversed_experts)
+    assert {"loss", "held-out loss", "grad banks.w1", "grad ffn.router.gate"} <= owned(EVERYWHERE).keys()
+
+
+def test_matrices_that_are_read_after_they_were_freed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be gathered again for the backward pass; freed, they hold NaN here."""
+    true = banks.Materialized.fill
+
+    def once(self: banks.Materialized) -> None:
+        if not self.filled and not hasattr(self, "had"):
+            true(self)
+            self.had = True  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(banks.Materialized, "fill", once)
+    monkeypatch.setattr(banks.Copying, "poison", property(lambda self: True, lambda self, value: None))
+    with pytest.raises(RankFailedError, match=r"NonFiniteError: loss [0-9.]+, gradient norm nan"):
+        owned(EVERYWHERE, "parallel.experts.rematerialize=true", "parallel.recompute=none")
+
+
+def test_copies_made_within_the_layer_without_a_gradient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank returns gradients of the copies that were planned before the step only."""
+    costs = "{row: 1000, row_near: 1000, copy_near: 1, copy_far: 1, grad_near: 1, grad_far: 1}"
+    plan = "{kind: hecate, overlap: 3, most_copies: 3, calibrate: true}"
+    calibrated = [f"parallel.experts.plan={plan}", f"parallel.experts.costs={costs}"]
+    assert owned(*calibrated) == {}
+    true = banks.OwnedBank.give_back
+
+    def forgetful(self: banks.OwnedBank, use: banks.Materialized, grads: Any) -> None:
+        if self.rank == 1:
+            known = torch.from_numpy(self.present[1, use.experts])
+            grads = [torch.where(known.view(-1, *[1] * (grad.ndim - 1)), grad, 0) for grad in grads]
+        true(self, use, grads)
+
+    monkeypatch.setattr(banks.OwnedBank, "give_back", forgetful)
+    found = owned(*calibrated)
+    assert {"grad banks.w1", "grad banks.w2", "gradient norm", "after step banks.w1"} <= found.keys()
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic.data.loader import Loader
 from moesaic.launch.config import read_run, run_to_yaml
 from moesaic.models.names import logical_tensors
+from moesaic.parallel import replan as replans
 from moesaic.parallel.checkpoint import read_meta, read_tensors
 from moesaic.parallel.costs import Costs
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
+from moesaic.parallel.replan import Replan
 from moesaic.parallel.shard import replicated_parameters, slot_tables
 from moesaic.parallel.spawn import run_ranks
 from moesaic.train import generate as generation
@@ -148,6 +150,61 @@ def test_a_run_whose_experts_move_resumes_bit_for_bit(
     want = read_tensors(Path(run.dir) / "whole" / last_checkpoint)
     for name, tensor in read_tensors(Path(run.dir) / run.name / last_checkpoint).items():
         assert torch.equal(tensor, want[name]), name
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_run_with_copies_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """Plans of every step are as before: counts of earlier steps and costs come back with the checkpoint, also costs
+    that were measured. On another number of ranks the history begins anew."""
+    prices = {"row": 1000, "row_near": 1000, "row_far": 1000, "copy_near": 5000, "copy_far": 5000}
+    costs = Costs(**prices, grad_near=5000, grad_far=5000)
+    plan = "parallel.experts={kind: owned, plan: {kind: auto, window: 3}}"
+    run = tiny(tmp_path, plan, "train.steps=4", "eval.prompts=[]", "optim.schedule.warmup=2")
+    measured = iter([costs, replace(costs, row=1)])  # a second measurement would plan otherwise
+    monkeypatch.setattr(replans, "measure_costs", lambda *_, **__: {f"layer{n}": now for n in (1, 2)})
+    if given:
+        owned = replace(run.parallel.experts, costs=costs)  # type: ignore[type-var]
+        run = replace(run, parallel=replace(run.parallel, experts=owned))
+    now = next(measured)
+    whole = train(replace(run, name="whole"), 2)
+    assert sum(column(whole, "plan/copies").values()) > 0
+    true, plan_of = Loop.agree, Replan.step
+    for last in (2, 4):
+        monkeypatch.setattr(
+            Loop, "agree", lambda self, *args, last=last: (true(self, *args)[0], self.tally.step == last)
+        )
+        found = train(run, 2, resume=True)
+        now = next(measured, now)
+    for mine, other in zip(found, whole, strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("time/")} == {
+            k: v for k, v in other.items() if not k.startswith("time/")
+        }
+    last_checkpoint = Path("checkpoints") / "step_00000004"
+    want = read_tensors(Path(run.dir) / "whole" / last_checkpoint)
+    for name, tensor in read_tensors(Path(run.dir) / run.name / last_checkpoint).items():
+        assert torch.equal(tensor, want[name]), name
+    if not given:
+        return
+    histories: list[int] = []
+
+    def step(self: Replan) -> dict[str, float]:
+        histories.extend(len(bank.history) for bank in self.slots.banks.values())
+        return plan_of(self)
+
+    monkeypatch.setattr(Loop, "agree", true)
+    monkeypatch.setattr(Replan, "step", step)
+    text = replace(run, train=replace(run.train, steps=5))
+
+    def work() -> list[int]:
+        session.train(text, run_to_yaml(text), resume=True, profile=False, command=["test"])
+        return histories
+
+    assert run_ranks(work, 3) == [[0, 0]] * 3
+    rules = read_meta(Path(run.dir) / run.name / "checkpoints" / "step_00000005")["rules"]
+    assert rules["plan"]["ranks"] == 3
+    assert [len(of) for of in rules["plan"]["history"].values()] == [1, 1]
 
 
 def test_four_ranks_show_and_write_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
