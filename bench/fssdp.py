@@ -1,9 +1,9 @@
-"""A stack of layers whose experts are owned, a whole training step under every plan: FSSDP against expert parallelism and
-copies of everything, and what the cost model said before against what the clock says.
+"""A stack of layers whose experts are owned, a whole training step under every plan: FSSDP against expert parallelism
+and copies of everything, and what the cost model said before against what the clock says.
 
-Forked gloo ranks with one thread each, one model, given routings: the first rank's experts are wanted more than others',
-by as much as each table says. Outputs and gradients of all plans are compared before anything is timed; then plans take
-turns, a step each, on the same draw of a routing. Results: bench/results/fssdp.md.
+Forked gloo ranks with one thread each, one model, given routings: the first rank's experts are wanted more than
+others', by as much as each table says. Outputs and gradients of all plans are compared before anything is timed; then
+plans take turns, a step each, on the same draw of a routing. Results: bench/results/fssdp.md.
 
     python bench/fssdp.py [--quick] [--rounds 9] [--shapes wide fine] [--ranks 2 4]
 
@@ -35,7 +35,7 @@ from moesaic.parallel.hecate import HecateConfig
 from moesaic.parallel.measure import repeated
 from moesaic.parallel.placement import Counts, Present, even_owners
 from moesaic.parallel.plans import ExpertParallelConfig, PlanConfig, ReplicateAllConfig
-from moesaic.parallel.ranks import Ranks, ranks_of
+from moesaic.parallel.ranks import ranks_of
 from moesaic.parallel.replan import Replan
 from moesaic.parallel.shard import local
 from moesaic.parallel.slots import slots_of
@@ -46,9 +46,9 @@ from moesaic.train.device import tune_host
 SHAPES = {"wide": (512, 1024, 8, 2, 2048), "fine": (512, 256, 64, 8, 2048), "quick": (64, 64, 8, 2, 256)}
 """D, F, E, K, T of each rank."""
 SKEWS = (1.0, 1.5, 1.8)
-"""Rows of the first rank over the mean, where every rank has the experts that it owns. Balance comes first: the part of a
-step that no plan changes is taken from there."""
-DEPTH = 3
+"""Rows of the first rank over the mean, where every rank has the experts that it owns. Balance comes first: the part
+of a step that no plan changes is taken from there."""
+DEPTH = 4
 """Layers, each with a bank of its own, and a dense projection before it."""
 WITHIN = 4.0
 """Load of a rank's most wanted expert over that of its least wanted one; geometric in between."""
@@ -210,7 +210,8 @@ class Trial:
             self.optimizer.step()
         else:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            seen = [local(t).detach().clone() for t in (y, x.grad, *(gate.grad for gate in gates), *grads)]
+            found = (y, x.grad, *(gate.grad for gate in gates), *grads)
+            seen = [local(tensor).detach().clone() for tensor in found if tensor is not None]
         self.optimizer.zero_grad()
         for table_ in self.slots:
             table_.clear()
@@ -231,7 +232,7 @@ class Trial:
                 error, largest = (mine - other).abs().max().item(), other.abs().max().item()
                 if not error <= TOLERANCE * largest:
                     raise ValueError(
-                        f"{name}: tensor {number} differs by {error:.1e} of {largest:.1e}; no times for different functions"
+                        f"{name}: tensor {number} differs by {error:.1e} of {largest:.1e}: no times for that"
                     )
 
     def run(self, skew: float, rounds: int) -> dict[str, Found]:
@@ -260,10 +261,8 @@ class Trial:
         calls = {name: call(candidate) for name, candidate in candidates.items()}
         timings = interleave(calls, rounds=rounds, warmup=1)
         return {
-            name: Found(
-                *watched[name][:2], timings.seconds[name], candidate.busy[-rounds:], watched[name][2]
-            )
-            for name, candidate in candidates.items()
+            name: Found(*watched[name][:2], timings.seconds[name], candidate.busy[-rounds:], watched[name][2])
+            for name, (traffic, memory, predicted) in watched.items()
         }
 
     def predicted(self, candidate: Candidate, routings: Sequence[Routing]) -> float:
@@ -353,7 +352,9 @@ def verdict(
     more = memory[AGAIN] / memory[ALONE] - 1
     times = {name: timings.time(name).median for name in found}
     errors = [abs((one.predicted + fixed) / times[name] - 1) for name, one in found.items()]
-    clear = [pair for pair in itertools.combinations(found, 2) if abs(timings.ratio(*pair).median - 1) > CLEAR]
+    clear = [
+        pair for pair in itertools.combinations(found, 2) if abs(timings.ratio(*pair).median - 1) > CLEAR
+    ]
     right = sum(
         (times[one] < times[other]) == (found[one].predicted < found[other].predicted) for one, other in clear
     )
@@ -361,7 +362,10 @@ def verdict(
         (f"auto is {gain:.2f} times as fast as {ALONE} (goal {GOALS[skew]})", gain >= GOALS[skew]),
         (f"{least:.2f} times as fast as {better}, the better of the two (goal 0.98)", least >= 0.98),
         (f"experts' memory with rematerialize {100 * more:+.0f} % (goal at most +15 %)", more <= 0.15),
-        (f"of {len(clear)} pairs of plans more than {CLEAR:.0%} apart, {right} in the predicted order", right == len(clear)),
+        (
+            f"of {len(clear)} pairs of plans more than {CLEAR:.0%} apart, {right} in the predicted order",
+            right == len(clear),
+        ),
         (f"largest error of a predicted time {max(errors):.0%} (goal 15 %)", max(errors) <= 0.15),
     ]
     return "\n".join(f"- {text}: {'met' if met else 'missed'}." for text, met in goals)
@@ -381,8 +385,8 @@ def measured(name: str, ranks: int, rounds: int) -> str:
     D, F, E, K, T = shape
     lines = [
         f"## D {D}, F {F}, E {E}, K {K}, T {T} per rank, {ranks} ranks",
-        f"Costs, measured in {measuring:.1f} s: a row {costs.row / 1e6:.2f} us, an expert {costs.expert / 1e6:.0f} us, a "
-        f"trip of a row {costs.row_near / 1e6:.2f} us, a copy {costs.copy_near / 1e9:.2f} ms, its gradient "
+        f"Costs, measured in {measuring:.1f} s: a row {costs.row / 1e6:.2f} us, an expert {costs.expert / 1e6:.0f} us, "
+        f"a trip of a row {costs.row_near / 1e6:.2f} us, a copy {costs.copy_near / 1e9:.2f} ms, its gradient "
         f"{costs.grad_near / 1e9:.2f} ms, a message {costs.message / 1e6:.0f} us.",
     ]
     balanced = of_ranks[0][0][ALONE]
@@ -395,7 +399,9 @@ def measured(name: str, ranks: int, rounds: int) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="a small shape, to see that it runs; no result is written")
+    arguments.add_argument(
+        "--quick", action="store_true", help="a small shape, to see that it runs; no result is written"
+    )
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--shapes", nargs="+", default=["wide", "fine"])
     arguments.add_argument("--ranks", type=int, nargs="+", default=[2])
@@ -415,9 +421,9 @@ def main() -> None:
     write_result("fssdp", "Experts with copies: whole steps under every plan", command, 1, sections)
 
 
-ABOUT = f"""{DEPTH} layers with a bank each and a dense projection before each; a step is forward, backward, AdamW and the next
-plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the processor
-time that the busier rank spends in a step, which other processes of the machine disturb less; waiting is not in it.
+ABOUT = f"""{DEPTH} layers with a bank each and a dense projection before each; a step is forward, backward, AdamW and
+the next plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the
+processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
 `copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
 gradients, optimizer state, matrices and copies of experts on one rank at their peak. `predicted`: the cost model, with
 prices measured before, plus what a balanced step of expert_parallel takes beyond its prediction."""
