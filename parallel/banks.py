@@ -186,9 +186,11 @@ class OwnedBank:
         part = self.table.owned[self.name]
         slots = [part.first + part.experts.index(expert) for expert in experts]
         master = self.table.master.detach()
-        if not slots:
-            return master.new_empty(0, master.shape[1], dtype=dtype)
-        return torch.stack([master[slot] for slot in slots]).to(dtype)
+        consecutive = [*runs(slots)]
+        if len(consecutive) == 1:  # as they lie in the table: they have left before an optimizer writes there
+            _, first, count = consecutive[0]
+            return master[first : first + count].to(dtype)
+        return master[slots].to(dtype)
 
     def give_back(self, use: "Materialized", grads: Sequence[Tensor]) -> None:
         """Gradients of all matrices of a use: (M, ...) each."""
@@ -198,9 +200,12 @@ class OwnedBank:
         place = {expert: number for number, expert in enumerate(use.experts)}
 
         def rows(experts: Sequence[int]) -> Tensor:
-            if not experts:
-                return flat[0].new_empty(0, self.table.master.shape[1])
-            return torch.stack([torch.cat([part[place[expert]] for part in flat]) for expert in experts])
+            leaving = flat[0].new_empty(len(experts), self.table.master.shape[1])
+            boxes = leaving.split([part.shape[1] for part in flat], 1)
+            for begin, first, count in runs([place[expert] for expert in experts]):
+                for box, part in zip(boxes, flat, strict=True):
+                    box[begin : begin + count] = part[first : first + count]
+            return leaving
 
         if self.copying.accumulate == "each":
             self._send(rows, use.wanted)

@@ -28,10 +28,13 @@ from moesaic.parallel.ranks import Ranks
 from moesaic.parallel.slots import Slots, slots_of
 
 ROUNDS = 3
-FEW, MANY = 32, 256
-"""Tokens of each expert: where what an expert costs in itself shows, and where matrix products run at full speed."""
+FEW, MANY = 256, 1024
+"""Tokens of each expert. A row's price is what the difference costs: with few rows, kernels work in small pieces, and
+rows seem dearer than those of a real step."""
 MOST = 4
 """Experts of a rank that take part."""
+PATIENCE = 0.3
+"""Seconds of a pass with few tokens beyond which many are not tried."""
 
 
 def measure_costs(
@@ -85,6 +88,7 @@ def measuring(slots: Slots) -> Iterator[None]:
     """Within it, copies and their gradients travel at every pass; afterwards it is as if nothing had happened."""
     copying = slots.copying
     before = copying.accumulate, copying.rematerialize
+    plans = {name: bank.present for name, bank in slots.banks.items()}
     copying.accumulate, copying.rematerialize = "each", False
     try:
         yield
@@ -93,8 +97,8 @@ def measuring(slots: Slots) -> Iterator[None]:
         slots.begin(last=True)
         copying.seconds_waited = 0.0
         copying.copies.bytes = copying.gradients.bytes = 0
-        for bank in slots.banks.values():
-            bank.loads = np.zeros_like(bank.loads)
+        for name, bank in slots.banks.items():
+            bank.loads, bank.present = np.zeros_like(bank.loads), plans[name]
         for table in slots:
             table.clear()
 
@@ -116,23 +120,25 @@ class _Layer:
 
     def costs(self) -> Costs:
         near = self.topology.ranks_per_node > 1
-        one_few = self.seconds(self.passes(0, experts=1, each=FEW))
-        all_few = self.seconds(self.passes(0, each=FEW))
-        many = self.seconds(self.passes(0, each=MANY))
-        rows_few, rows = FEW * self.size, MANY * self.size
-        row = max(0.0, many - all_few) / (rows - rows_few)
-        more = self.size - 1
-        expert = max(0.0, all_few - one_few - more * FEW * row) / more if more else 0.0
+        rows, message = FEW * self.size, self.message()
+        few = self.seconds(self.passes(0, each=FEW))
+        as_many_to_one = self.seconds(self.passes(0, experts=1, each=rows))
+        expert = max(0.0, few - as_many_to_one) / (self.size - 1) if self.size > 1 else 0.0
+        many = self.seconds(self.passes(0, each=MANY)) if few <= PATIENCE else few
+        row = (many - few) / ((MANY - FEW) * self.size)
+        if row <= 0:  # not measured, or disturbed by other work
+            row = few / rows
 
         def trips(hop: int, sharing: int) -> float:
-            return max(0.0, self.seconds(self.passes(hop, each=MANY)) - many) / (4 * rows * sharing)
+            longer = self.seconds(self.passes(hop, each=FEW)) - few - 4 * message
+            return max(0.0, longer) / (4 * rows * sharing)
 
         def copies(hop: int, sharing: int) -> tuple[float, float]:
             wanted = self.copies(hop)
             if not wanted.any():
                 return 0.0, 0.0
             gather = self.seconds(lambda: Gather(self.bank, self.dtype, wanted).finish())
-            whole = self.seconds(self.passes(hop, each=MANY, present=self.bank.alone | wanted)) - many
+            whole = self.seconds(self.passes(hop, each=FEW, present=self.bank.alone | wanted)) - few
             number = self.size * sharing
             return gather / number, max(0.0, whole - gather) / number
 
@@ -151,7 +157,7 @@ class _Layer:
             "copy_far": copy_far,
             "grad_near": grad_near,
             "grad_far": grad_far,
-            "message": self.message(),
+            "message": message,
         }
         return Costs(**{name: min(LONGEST, round(seconds * 1e12)) for name, seconds in prices.items()})
 
@@ -180,7 +186,7 @@ class _Layer:
                 y = self.dispatcher.run(*inputs)
             torch.autograd.backward(y, grad)
             bank.copying.finish()
-            bank.present, bank.planner = bank.alone, planner
+            bank.planner = planner
             self.dispatcher.traffic = Traffic()
 
         return once
@@ -194,24 +200,31 @@ class _Layer:
         return wanted & ~self.bank.alone
 
     def message(self) -> float:
-        """Latency of one of the messages of an exchange."""
+        """Latency of one of the messages of an exchange, beyond that of an exchange in which nobody sends anything."""
         group, ranks = self.dispatcher.group, self.topology.ranks
-        one = torch.zeros(ranks, device=self.bank.table.master.device)
-        seconds = self.seconds(lambda: dist.all_to_all_single(torch.empty_like(one), one, group=group))
-        return seconds / max(1, ranks - 1)
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """The fastest of some rounds, which all ranks begin together; the first is for caches."""
-        best = float("inf")
-        for turn in range(ROUNDS + 1):
+        def exchange(length: int) -> float:
+            given = torch.zeros(ranks * length, device=self.bank.table.master.device)
+            return self.seconds(
+                lambda: dist.all_to_all_single(torch.empty_like(given), given, group=group), rounds=10
+            )
+
+        return max(0.0, exchange(1) - exchange(0)) / max(1, ranks - 1)
+
+    def seconds(self, run: Callable[[], object], rounds: int = ROUNDS) -> float:
+        """The fastest of some rounds, which all ranks begin together; the first is for caches. Of a round, the slowest
+        rank counts, so that all ranks find the same."""
+        taken = []
+        for _ in range(rounds + 1):
             self.wait()
             dist.barrier(self.dispatcher.group)
             began = time.perf_counter()
             run()
             self.wait()
-            if turn:
-                best = min(best, time.perf_counter() - began)
-        return best
+            taken.append(time.perf_counter() - began)
+        slowest = torch.tensor(taken[1:], dtype=torch.float64, device=self.bank.table.master.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.dispatcher.group)
+        return slowest.min().item()
 
     def wait(self) -> None:
         """Until the device has done what it was told."""
