@@ -5,6 +5,7 @@ Dims: P ranks, E experts of a bank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -72,10 +73,10 @@ class Auto:
         found = np.zeros(shape, bool)
         most = len(owners) if self.config.most_copies is None else self.config.most_copies
         margin = round(self.config.margin * MILLION)
-        arrays = [steps, np.array(owners), as_prices(costs), last, found]
+        arrays = [steps, _as_array(owners), as_prices(costs), last, found]
         sizes = (len(steps), len(owners), topology.ranks, topology.ranks_per_node, DEPTH, most, margin)
         if not run_compiled("auto_plan", arrays, sizes):
-            found = _search(recent(steps, len(steps)), np.array(owners), last, topology, costs, most, margin)
+            found = _search(recent(steps, len(steps)), _as_array(owners), last, topology, costs, most, margin)
         self._last = found.copy()
         return found
 
@@ -93,6 +94,11 @@ class Auto:
         self._last = np.zeros((len(state["present"]), state["experts"]), bool)
         for row, experts in zip(self._last, state["present"], strict=True):
             row[experts] = True
+
+
+@lru_cache
+def _as_array(owners: tuple[int, ...]) -> Int64[np.ndarray, " E"]:
+    return np.array(owners, np.int64)
 
 
 def _search(

@@ -19,10 +19,11 @@ struct Heat {
         : experts(experts), nodes(nodes), counts(experts * nodes.ranks), loads(experts), owners(experts), order(experts),
           place(experts) {
         std::vector<int64_t> sums(steps[0], steps[0] + experts * nodes.ranks), all(experts, 0);
-        for (int64_t s = 1; s < number; ++s)
-            for (int64_t i = 0; i < experts * nodes.ranks; ++i) sums[i] += steps[s][i];
-        for (int64_t r = 0; r < nodes.ranks; ++r)
-            for (int64_t e = 0; e < experts; ++e) all[e] += sums[r * experts + e];
+        for (int64_t r = 0; r < nodes.ranks; ++r) {
+            int64_t* const sum = &sums[r * experts];
+            for (int64_t s = 1; s < number; ++s) copies::add(sum, steps[s] + r * experts, experts);
+            copies::add(all.data(), sum, experts);
+        }
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return all[a] > all[b]; });
         for (int64_t k = 0; k < experts; ++k) {
@@ -31,10 +32,14 @@ struct Heat {
             place[order[k]] = k;
         }
         constexpr int64_t together = 8;  // ranks, whose counts of an expert fill a cache line
-        for (int64_t first = 0; first < nodes.ranks; first += together)
-            for (int64_t e = 0; e < experts; ++e)
-                for (int64_t r = first; r < std::min(nodes.ranks, first + together); ++r)
-                    counts[place[e] * nodes.ranks + r] = sums[r * experts + e];
+        for (int64_t first = 0; first < nodes.ranks; first += together) {
+            const int64_t number = std::min(nodes.ranks - first, together);
+            for (int64_t e = 0; e < experts; ++e) {
+                const int64_t* const from = &sums[first * experts + e];
+                int64_t* const to = &counts[place[e] * nodes.ranks + first];
+                for (int64_t r = 0; r < number; ++r) to[r] = from[r * experts];
+            }
+        }
     }
 
     Plan alone(int64_t depth) const {
@@ -73,6 +78,18 @@ struct Heat {
     }
 };
 
+// Calls `see(i)` where a byte is 1: most plans have few of these.
+template <class See> void each_set(const std::uint8_t* bytes, int64_t length, See see) {
+    int64_t i = 0;
+    for (std::uint64_t eight; i + 8 <= length; i += 8) {
+        std::memcpy(&eight, bytes + i, 8);
+        for (int64_t j = i; eight && j < i + 8; ++j)
+            if (bytes[j]) see(j);
+    }
+    for (; i < length; ++i)
+        if (bytes[i]) see(i);
+}
+
 // The best prefix so far: the first experts of a template.
 struct Best {
     int64_t time = copies::UNFIT, depth = 0;
@@ -94,7 +111,7 @@ extern "C" void auto_plan_i64(const int64_t* const* steps, const int64_t* owners
     const Heat heat(steps, number, owners, experts, {ranks, per_node});
     const copies::Bank bank(heat.counts.data(), heat.owners.data(), experts, heat.nodes, *costs, most_copies);
     depth = std::min(depth, experts);
-    const std::vector<int64_t> nodes_but_one(experts, heat.nodes.count() - 1);
+    const std::vector<int64_t> nodes_but_one(experts, heat.nodes.number - 1);
     const Plan templates[] = {heat.own_node(depth), heat.spread(nodes_but_one, depth, most_copies),
                               heat.spread(heat.seats_by_load(), depth, most_copies)};
     Best best;
@@ -111,14 +128,13 @@ extern "C" void auto_plan_i64(const int64_t* const* steps, const int64_t* owners
 
     Plan before = heat.alone(experts);
     for (int64_t r = 0; r < ranks; ++r)
-        for (int64_t e = 0; e < experts; ++e)
-            if (last[r * experts + e]) before[heat.place[e] * ranks + r] = 1;
+        each_set(last + r * experts, experts, [&](int64_t e) { before[heat.place[e] * ranks + r] = 1; });
     bank.prefixes(before.data(), experts, times.data());
     const int64_t then = times[experts];
     const __int128 saved = static_cast<__int128>(then - best.time) * 1000000;
     if (then <= none && saved <= static_cast<__int128>(then) * millionths) best = {then, experts, &before};
 
-    for (int64_t k = 0; k < experts; ++k)
-        for (int64_t r = 0; r < ranks; ++r)
-            found[r * experts + heat.order[k]] = k < best.depth ? (*best.plan)[k * ranks + r] : r == heat.owners[k];
+    for (int64_t e = 0; e < experts; ++e) found[owners[e] * experts + e] = 1;
+    for (int64_t k = 0; k < best.depth; ++k)
+        each_set(best.plan->data() + k * ranks, ranks, [&](int64_t r) { found[r * experts + heat.order[k]] = 1; });
 }
