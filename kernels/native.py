@@ -87,7 +87,7 @@ def simulated() -> Iterator[None]:
         _simulating = before
 
 
-Argument = Tensor | int | float | ctypes.c_void_p | None
+Argument = Tensor | int | float | ctypes.c_void_p | ctypes.Array[ctypes.c_void_p] | None
 
 
 def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
@@ -99,7 +99,9 @@ def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
         return 0
     library = _library()
     assert library is not None, "serves() was not asked"
-    function = library[f"{name}_{SUFFIX[dtype]}"]
+    function = getattr(
+        library, f"{name}_{SUFFIX[dtype]}"
+    )  # kept by the library, where [] would look it up again
     return function(*[_pass(value) for value in args], ctypes.c_int64(torch.get_num_threads()))
 
 

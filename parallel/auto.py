@@ -5,13 +5,15 @@ Dims: P ranks, E experts of a bank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from moesaic.parallel.compiled import as_kernel_input, run_compiled
 from moesaic.parallel.copies import hottest_first, recent, spread
-from moesaic.parallel.costs import Costs, prefix_times
+from moesaic.parallel.costs import Costs, as_prices, prefix_times
 from moesaic.parallel.placement import Counts, Present, Topology, no_copies
 
 DEPTH = 32
@@ -61,36 +63,20 @@ class Auto:
     ) -> Present:
         if not history:
             return no_copies(owners, topology.ranks)
-        counts = recent(history, self.config.window)
-        loads = counts.sum(0)
-        order = hottest_first(loads)
-        home = np.array(owners)[order]
-        heat = _Heat(
-            counts.T[order], loads[order], home, np.arange(topology.ranks) == home[:, None], topology
-        )
-        some = heat.templates(self.config.most_copies)
-        last = heat.alone
-        if self._last is not None and self._last.shape == counts.shape:
-            last = last | self._last.T[order]  # owners may have changed
-        whole = np.array([np.ones_like(last), last])
-
-        costs = self.costs.of_steps(min(len(history), self.config.window))
-        prices = (topology, costs, self.config.most_copies)
-        some_times, (all_times, last_times) = (
-            prefix_times(heat.counts, heat.owners, templates, *prices) for templates in (some, whole)
-        )
-        template, k = divmod(int(some_times.argmin()), some_times.shape[1])
-        k_all = int(all_times.argmin())
-        best, before, none = int(some_times[template, k]), int(last_times[-1]), int(all_times[0])
-        chosen = some[template, :k]
-        if all_times[k_all] < best:
-            best, chosen = int(all_times[k_all]), whole[0, :k_all]
-        saved = (before - best) * MILLION
-        if before <= none and saved <= before * round(self.config.margin * MILLION):
-            chosen = last
-        heat.alone[: len(chosen)] = chosen
-        found = np.empty(counts.shape, bool)
-        found[:, order] = heat.alone.T
+        steps = [as_kernel_input(counts, np.int64) for counts in history[-self.config.window :]]
+        shape = (topology.ranks, len(owners))
+        assert all(counts.shape == shape for counts in steps), "counts of other ranks or another bank"
+        last = self._last
+        if last is None or last.shape != shape:
+            last = np.zeros(shape, bool)
+        costs = self.costs.of_steps(len(steps))
+        found = np.zeros(shape, bool)
+        most = len(owners) if self.config.most_copies is None else self.config.most_copies
+        margin = round(self.config.margin * MILLION)
+        arrays = [steps, _as_array(owners), as_prices(costs), last, found]
+        sizes = (len(steps), len(owners), topology.ranks, topology.ranks_per_node, DEPTH, most, margin)
+        if not run_compiled("auto_plan", arrays, sizes):
+            found = _search(recent(steps, len(steps)), _as_array(owners), last, topology, costs, most, margin)
         self._last = found.copy()
         return found
 
@@ -110,6 +96,46 @@ class Auto:
             row[experts] = True
 
 
+@lru_cache
+def _as_array(owners: tuple[int, ...]) -> Int64[np.ndarray, " E"]:
+    return np.array(owners, np.int64)
+
+
+def _search(
+    counts: Counts,
+    owners: Int64[np.ndarray, " E"],
+    last: Present,
+    topology: Topology,
+    costs: Costs,
+    most_copies: int,
+    margin: int,
+) -> Present:
+    """The plan for a window's counts, in numpy; kernels/cpp/auto.cpp does the same. `margin`: in millionths."""
+    loads = counts.sum(0)
+    order = hottest_first(loads)
+    home = owners[order]
+    heat = _Heat(counts.T[order], loads[order], home, np.arange(topology.ranks) == home[:, None], topology)
+    some = heat.templates(most_copies)
+    before = heat.alone | last.T[order]  # owners may have changed
+    whole = np.array([np.ones_like(before), before])
+    some_times, (all_times, before_times) = (
+        prefix_times(heat.counts, heat.owners, templates, topology, costs, most_copies)
+        for templates in (some, whole)
+    )
+    template, k = divmod(int(some_times.argmin()), some_times.shape[1])
+    k_all = int(all_times.argmin())
+    best, then, none = int(some_times[template, k]), int(before_times[-1]), int(all_times[0])
+    chosen = some[template, :k]
+    if all_times[k_all] < best:
+        best, chosen = int(all_times[k_all]), whole[0, :k_all]
+    if then <= none and (then - best) * MILLION <= then * margin:
+        chosen = before
+    heat.alone[: len(chosen)] = chosen
+    found = np.empty(counts.shape, bool)
+    found[:, order] = heat.alone.T
+    return found
+
+
 @dataclass(frozen=True)
 class _Heat:
     """A bank's window with the hottest expert first."""
@@ -121,7 +147,7 @@ class _Heat:
     """No copies."""
     topology: Topology
 
-    def templates(self, most_copies: int | None) -> Bool[np.ndarray, "3 H P"]:
+    def templates(self, most_copies: int) -> Bool[np.ndarray, "3 H P"]:
         """The hottest experts on their owners' nodes, once on each node, and by load."""
         nodes = self.topology.nodes()
         own_node = nodes[self.owners[:DEPTH], None] == nodes
@@ -132,11 +158,11 @@ class _Heat:
         by_load = self._spread(np.maximum(seats - 1, 0), most_copies)
         return np.stack([own_node, each_node, by_load])
 
-    def _spread(self, seats: Int64[np.ndarray, " E"], most_copies: int | None) -> Bool[np.ndarray, "H P"]:
+    def _spread(self, seats: Int64[np.ndarray, " E"], most_copies: int) -> Bool[np.ndarray, "H P"]:
         """So many copies besides the owner, each with an equal part of the load, to ranks that have least of it."""
         ranks = self.topology.ranks
         weights = self.loads // (seats + 1)
         spare = np.zeros(ranks, np.int64)
         np.subtract.at(spare, self.owners, weights)
-        room = np.full(ranks, len(seats) if most_copies is None else most_copies)
+        room = np.full(ranks, most_copies)
         return spread(self.alone[:DEPTH], seats[:DEPTH], weights[:DEPTH], spare, room, self.topology)

@@ -140,7 +140,7 @@ def prefix_times(
     number, depth, _ = templates.shape
     times = np.full((number, depth + 1), UNFIT)
     most = len(counts) if most_copies is None else most_copies
-    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, _prices(costs))]
+    integers = [np.ascontiguousarray(array, np.int64) for array in (counts, owners, as_prices(costs))]
     sizes = (number, depth, len(counts), topology.ranks, topology.ranks_per_node, most)
     if run_compiled("prefix_times", [*integers, np.ascontiguousarray(templates, bool), times], sizes):
         return times
@@ -153,8 +153,8 @@ def prefix_times(
 
 
 @lru_cache
-def _prices(costs: Costs) -> Int64[np.ndarray, " prices"]:
-    """The fields in order, as the compiled kernel reads them."""
+def as_prices(costs: Costs) -> Int64[np.ndarray, " prices"]:
+    """The fields in order, as compiled kernels read them."""
     return np.array([getattr(costs, field.name) for field in fields(Costs)], np.int64)
 
 
