@@ -11,7 +11,6 @@ Dims: T tokens of a rank, D width, F hidden width, E experts, K experts per toke
 """
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from expert_memory import ExpertMemory
-from timing import Timings, interleave, table, write_result
+from fssdp_table import ABOUT, AGAIN, ALONE, AUTO, EVERYWHERE, HECATE, Found, section
+from timing import interleave, write_result
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -40,7 +40,7 @@ from moesaic.parallel.replan import Replan
 from moesaic.parallel.shard import local
 from moesaic.parallel.slots import slots_of
 from moesaic.parallel.spawn import run_ranks
-from moesaic.parallel.traffic import Meter, StepTraffic
+from moesaic.parallel.traffic import Meter
 from moesaic.train.device import tune_host
 
 SHAPES = {"wide": (512, 1024, 8, 2, 2048), "fine": (512, 256, 64, 8, 2048), "quick": (64, 64, 8, 2, 256)}
@@ -55,13 +55,6 @@ WITHIN = 4.0
 DRAWS = 6
 TOLERANCE = 1e-4
 """Largest difference over the largest value."""
-ALONE, EVERYWHERE, AUTO, AGAIN, HECATE = (
-    "expert_parallel",
-    "replicate_all",
-    "auto",
-    "auto, rematerialize",
-    "hecate",
-)
 PLANS: dict[str, PlanConfig] = {
     ALONE: ExpertParallelConfig(),
     EVERYWHERE: ReplicateAllConfig(),
@@ -69,10 +62,6 @@ PLANS: dict[str, PlanConfig] = {
     AGAIN: AutoConfig(),
 }
 """And `hecate`, whose overlap is given, a quarter of the experts: costs measure nothing behind which copies hide."""
-GOALS = {1.0: 0.98, 1.5: 1.35, 1.8: 1.60}
-"""How much faster than expert parallelism `auto` should be."""
-CLEAR = 0.03
-"""Two plans whose times differ by less are not in any order."""
 
 
 class Block(nn.Module):
@@ -113,19 +102,6 @@ class Candidate:
     steps: int = 0
     busy: list[float] = field(default_factory=list)
     """Processor seconds of this rank in every step."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a rank saw of a candidate under one skew."""
-
-    traffic: StepTraffic
-    memory: int
-    """Bytes of experts on this rank at most: weights, gradient, optimizer state, and all that is made of them."""
-    seconds: list[float]
-    busy: list[float]
-    predicted: float
-    """Seconds of all banks together, by the cost model."""
 
 
 class Trial:
@@ -260,10 +236,11 @@ class Trial:
 
         calls = {name: call(candidate) for name, candidate in candidates.items()}
         timings = interleave(calls, rounds=rounds, warmup=1)
-        return {
-            name: Found(*watched[name][:2], timings.seconds[name], candidate.busy[-rounds:], watched[name][2])
-            for name, (traffic, memory, predicted) in watched.items()
-        }
+        found = {}
+        for name, (traffic, peak, predicted) in watched.items():
+            seconds, busy = timings.seconds[name], candidates[name].busy[-rounds:]
+            found[name] = Found(traffic, peak, seconds, busy, predicted)
+        return found
 
     def predicted(self, candidate: Candidate, routings: Sequence[Routing]) -> float:
         """Seconds of all banks in the step that comes."""
@@ -305,72 +282,6 @@ def choose(chances: np.ndarray, tokens: int, k: int, source: torch.Generator) ->
     return torch.searchsorted(ends, marks).clamp(max=len(chances) - 1)
 
 
-def section(shape: tuple[int, ...], skew: float, found: Sequence[dict[str, Found]], fixed: float) -> str:
-    """One table: a row per plan. `fixed`: seconds of a step that no plan changes."""
-    first = found[0]
-    timings = Timings({name: one.seconds for name, one in first.items()}, 1)
-    busy = {
-        name: statistics.median(map(max, zip(*(of_rank[name].busy for of_rank in found), strict=True)))
-        for name in first
-    }
-    memory = {name: max(of_rank[name].memory for of_rank in found) for name in first}
-    lines = []
-    for name, one in first.items():
-        taken, told = timings.time(name), one.predicted + fixed
-        before = max(one.traffic.rows_alone) * len(found) / sum(one.traffic.rows_alone)
-        sent = one.traffic.sent
-        lines.append(
-            [
-                name,
-                taken.text(scale=1e3, digits=0),
-                "1" if name == ALONE else timings.ratio(ALONE, name).text(),
-                f"{busy[ALONE] / busy[name]:.2f}",
-                f"{before:.2f} -> {one.traffic.max_over_mean:.2f}",
-                f"{max(one.traffic.copies)}",
-                *(f"{sent[what] / 2**20:.0f}" for what in ("tokens", "copies", "copy_gradients")),
-                f"{memory[name] / 2**20:.0f}",
-                f"{told * 1e3:.0f} ({100 * (told / taken.median - 1):+.0f} %)",
-            ]
-        )
-    header = ["", "ms", "speed-up", "by processor", "rows max/mean", "copies"]
-    header += ["MiB rows", "MiB copies", "MiB gradients", "experts MiB", "predicted ms"]
-    text = [f"### max/mean {skew}", table(header, lines), verdict(skew, timings, first, fixed, memory)]
-    return "\n\n".join(text)
-
-
-def verdict(
-    skew: float,
-    timings: Timings,
-    found: Mapping[str, Found],
-    fixed: float,
-    memory: Mapping[str, int],
-) -> str:
-    """The goals, and whether they are met."""
-    gain = timings.ratio(ALONE, AUTO).median
-    better = min((ALONE, EVERYWHERE), key=lambda name: timings.time(name).median)
-    least = timings.ratio(better, AUTO).median
-    more = memory[AGAIN] / memory[ALONE] - 1
-    times = {name: timings.time(name).median for name in found}
-    errors = [abs((one.predicted + fixed) / times[name] - 1) for name, one in found.items()]
-    clear = [
-        pair for pair in itertools.combinations(found, 2) if abs(timings.ratio(*pair).median - 1) > CLEAR
-    ]
-    right = sum(
-        (times[one] < times[other]) == (found[one].predicted < found[other].predicted) for one, other in clear
-    )
-    goals = [
-        (f"auto is {gain:.2f} times as fast as {ALONE} (goal {GOALS[skew]})", gain >= GOALS[skew]),
-        (f"{least:.2f} times as fast as {better}, the better of the two (goal 0.98)", least >= 0.98),
-        (f"experts' memory with rematerialize {100 * more:+.0f} % (goal at most +15 %)", more <= 0.15),
-        (
-            f"of {len(clear)} pairs of plans more than {CLEAR:.0%} apart, {right} in the predicted order",
-            right == len(clear),
-        ),
-        (f"largest error of a predicted time {max(errors):.0%} (goal 15 %)", max(errors) <= 0.15),
-    ]
-    return "\n".join(f"- {text}: {'met' if met else 'missed'}." for text, met in goals)
-
-
 def on_a_rank(shape: tuple[int, ...], rounds: int) -> tuple[list[dict[str, Found]], Costs, float]:
     trial = Trial(shape)
     found = [trial.run(skew, rounds) for skew in SKEWS]
@@ -384,7 +295,7 @@ def measured(name: str, ranks: int, rounds: int) -> str:
     of_ranks, costs, measuring = [found for found, _, _ in results], results[0][1], results[0][2]
     D, F, E, K, T = shape
     lines = [
-        f"## D {D}, F {F}, E {E}, K {K}, T {T} per rank, {ranks} ranks",
+        f"## D {D}, F {F}, E {E}, K {K}, T {T} per rank, {DEPTH} layers, {ranks} ranks",
         f"Costs, measured in {measuring:.1f} s: a row {costs.row / 1e6:.2f} us, an expert {costs.expert / 1e6:.0f} us, "
         f"a trip of a row {costs.row_near / 1e6:.2f} us, a copy {costs.copy_near / 1e9:.2f} ms, its gradient "
         f"{costs.grad_near / 1e9:.2f} ms, a message {costs.message / 1e6:.0f} us.",
@@ -392,7 +303,7 @@ def measured(name: str, ranks: int, rounds: int) -> str:
     balanced = of_ranks[0][0][ALONE]
     fixed = statistics.median(balanced.seconds) - balanced.predicted
     for number, skew in enumerate(SKEWS):
-        lines.append(section(shape, skew, [found[number] for found in of_ranks], fixed))
+        lines.append(section(skew, [found[number] for found in of_ranks], fixed))
         print("\n\n".join(lines if number == 0 else lines[-1:]), "\n", flush=True)
     return "\n\n".join(lines)
 
@@ -419,14 +330,6 @@ def main() -> None:
         f" --ranks {' '.join(map(str, options.ranks))}"
     )
     write_result("fssdp", "Experts with copies: whole steps under every plan", command, 1, sections)
-
-
-ABOUT = f"""{DEPTH} layers with a bank each and a dense projection before each; a step is forward, backward, AdamW and
-the next plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the
-processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
-`copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
-gradients, optimizer state, matrices and copies of experts on one rank at their peak. `predicted`: the cost model, with
-prices measured before, plus what a balanced step of expert_parallel takes beyond its prediction."""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Dims: T tokens of a rank, D width, E experts, P ranks, S ranks of a node.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -27,7 +27,8 @@ from moesaic.parallel.placement import Present
 from moesaic.parallel.ranks import Ranks
 from moesaic.parallel.slots import Slots, slots_of
 
-ROUNDS = 3
+FEWEST_ROUNDS, MOST_ROUNDS, ENOUGH = 3, 20, 0.05
+"""Rounds of a measurement: as many as take this many seconds, within limits. Short ones are easily disturbed."""
 FEW, MANY = 256, 1024
 """Tokens of each expert. A row's price is what the difference costs: with few rows, kernels work in small pieces, and
 rows seem dearer than those of a real step."""
@@ -123,7 +124,7 @@ class _Layer:
         rows, message = FEW * self.size, self.message()
         few = self.seconds(self.passes(0, each=FEW))
         as_many_to_one = self.seconds(self.passes(0, experts=1, each=rows))
-        expert = max(0.0, few - as_many_to_one) / (self.size - 1) if self.size > 1 else 0.0
+        expert = max(0.0, few - as_many_to_one) / max(1, self.size - 1)
         many = self.seconds(self.passes(0, each=MANY)) if few <= PATIENCE else few
         row = (many - few) / ((MANY - FEW) * self.size)
         if row <= 0:  # not measured, or disturbed by other work
@@ -205,26 +206,31 @@ class _Layer:
 
         def exchange(length: int) -> float:
             given = torch.zeros(ranks * length, device=self.bank.table.master.device)
-            return self.seconds(
-                lambda: dist.all_to_all_single(torch.empty_like(given), given, group=group), rounds=10
-            )
+            return self.seconds(lambda: dist.all_to_all_single(torch.empty_like(given), given, group=group))
 
         return max(0.0, exchange(1) - exchange(0)) / max(1, ranks - 1)
 
-    def seconds(self, run: Callable[[], object], rounds: int = ROUNDS) -> float:
-        """The fastest of some rounds, which all ranks begin together; the first is for caches. Of a round, the slowest
-        rank counts, so that all ranks find the same."""
-        taken = []
-        for _ in range(rounds + 1):
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The fastest of some rounds, which all ranks begin together, after one for caches; the next says how many pay.
+        Of a round, the slowest rank counts, so that all ranks find the same."""
+
+        def once() -> float:
             self.wait()
             dist.barrier(self.dispatcher.group)
             began = time.perf_counter()
             run()
             self.wait()
-            taken.append(time.perf_counter() - began)
-        slowest = torch.tensor(taken[1:], dtype=torch.float64, device=self.bank.table.master.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self.dispatcher.group)
-        return slowest.min().item()
+            return time.perf_counter() - began
+
+        def slowest(taken: Sequence[float]) -> list[float]:
+            every = torch.tensor(taken, dtype=torch.float64, device=self.bank.table.master.device)
+            dist.all_reduce(every, op=dist.ReduceOp.MAX, group=self.dispatcher.group)
+            return every.tolist()
+
+        once()
+        (second,) = slowest([once()])
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, round(ENOUGH / max(second, 1e-9))))
+        return min(second, *slowest([once() for _ in range(rounds - 1)]))
 
     def wait(self) -> None:
         """Until the device has done what it was told."""

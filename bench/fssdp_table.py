@@ -1,0 +1,107 @@
+"""What `fssdp.py` found under one skew, as a table and as goals met or missed."""
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from timing import Timings, table
+
+from moesaic.parallel.traffic import StepTraffic
+
+ALONE, EVERYWHERE, AUTO, AGAIN, HECATE = (
+    "expert_parallel",
+    "replicate_all",
+    "auto",
+    "auto, rematerialize",
+    "hecate",
+)
+GOALS = {1.0: 0.98, 1.5: 1.35, 1.8: 1.60}
+"""How much faster than expert parallelism `auto` should be."""
+CLEAR = 0.03
+"""Two plans whose times differ by less are not in any order."""
+ABOUT = """Every layer has a bank of its own, and a dense projection before it; a step is forward, backward, AdamW and
+the next plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the
+processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
+`copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
+gradients, optimizer state, matrices and copies of experts on one rank at their peak. `predicted`: the cost model, with
+prices measured before, plus what a balanced step of expert_parallel takes beyond its prediction."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rank saw of a candidate under one skew."""
+
+    traffic: StepTraffic
+    memory: int
+    """Bytes of experts on this rank at most: weights, gradient, optimizer state, and all that is made of them."""
+    seconds: list[float]
+    busy: list[float]
+    predicted: float
+    """Seconds of all banks together, by the cost model."""
+
+
+def section(skew: float, found: Sequence[dict[str, Found]], fixed: float) -> str:
+    """One table: a row per plan. `fixed`: seconds of a step that no plan changes."""
+    first = found[0]
+    timings = Timings({name: one.seconds for name, one in first.items()}, 1)
+    busy = {
+        name: statistics.median(map(max, zip(*(of_rank[name].busy for of_rank in found), strict=True)))
+        for name in first
+    }
+    memory = {name: max(of_rank[name].memory for of_rank in found) for name in first}
+    lines = []
+    for name, one in first.items():
+        taken, told = timings.time(name), one.predicted + fixed
+        before = max(one.traffic.rows_alone) * len(found) / sum(one.traffic.rows_alone)
+        sent = one.traffic.sent
+        lines.append(
+            [
+                name,
+                taken.text(scale=1e3, digits=0),
+                "1" if name == ALONE else timings.ratio(ALONE, name).text(),
+                f"{busy[ALONE] / busy[name]:.2f}",
+                f"{before:.2f} -> {one.traffic.max_over_mean:.2f}",
+                f"{max(one.traffic.copies)}",
+                *(f"{sent[what] / 2**20:.0f}" for what in ("tokens", "copies", "copy_gradients")),
+                f"{memory[name] / 2**20:.0f}",
+                f"{told * 1e3:.0f} ({100 * (told / taken.median - 1):+.0f} %)",
+            ]
+        )
+    header = ["", "ms", "speed-up", "by processor", "rows max/mean", "copies"]
+    header += ["MiB rows", "MiB copies", "MiB gradients", "experts MiB", "predicted ms"]
+    text = [f"### max/mean {skew}", table(header, lines), verdict(skew, timings, first, fixed, memory)]
+    return "\n\n".join(text)
+
+
+def verdict(
+    skew: float,
+    timings: Timings,
+    found: Mapping[str, Found],
+    fixed: float,
+    memory: Mapping[str, int],
+) -> str:
+    """The goals, and whether they are met."""
+    gain = timings.ratio(ALONE, AUTO).median
+    better = min((ALONE, EVERYWHERE), key=lambda name: timings.time(name).median)
+    least = timings.ratio(better, AUTO).median
+    more = memory[AGAIN] / memory[ALONE] - 1
+    times = {name: timings.time(name).median for name in found}
+    errors = [abs((one.predicted + fixed) / times[name] - 1) for name, one in found.items()]
+    clear = [
+        pair for pair in itertools.combinations(found, 2) if abs(timings.ratio(*pair).median - 1) > CLEAR
+    ]
+    right = sum(
+        (times[one] < times[other]) == (found[one].predicted < found[other].predicted) for one, other in clear
+    )
+    goals = [
+        (f"auto is {gain:.2f} times as fast as {ALONE} (goal {GOALS[skew]})", gain >= GOALS[skew]),
+        (f"{least:.2f} times as fast as {better}, the better of the two (goal 0.98)", least >= 0.98),
+        (f"experts' memory with rematerialize {100 * more:+.0f} % (goal at most +15 %)", more <= 0.15),
+        (
+            f"of {len(clear)} pairs of plans more than {CLEAR:.0%} apart, {right} in the predicted order",
+            right == len(clear),
+        ),
+        (f"largest error of a predicted time {max(errors):.0%} (goal 15 %)", max(errors) <= 0.15),
+    ]
+    return "\n".join(f"- {text}: {'met' if met else 'missed'}." for text, met in goals)
