@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.parallel import auto, copies, costs
 from moesaic.parallel.auto import Auto, AutoConfig
 from moesaic.parallel.costs import Costs, layer_time
 from moesaic.parallel.fastermoe import FasterMoEConfig
@@ -131,6 +132,30 @@ def test_a_remembered_plan_never_costs_more_than_no_copies(bank: tuple, most: in
         times = [layer_time(step, each, owners, topology, prices) for each in (plan, alone)]
         assert times[0] <= times[1]
         owners = tuple(rng.permutation(owners).tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    banks(), st.sampled_from([None, 0, 1, 2]), st.sampled_from([0.0, 0.02, 0.3]), st.sampled_from([1, 3, 32])
+)
+def test_the_compiled_search_finds_the_same(bank: tuple, most: int | None, margin: float, depth: int) -> None:
+    """As the one in numpy does, step by step: the plans before decide too, and owners change."""
+    counts, owners, topology, prices = bank
+    config = AutoConfig(window=2, margin=margin, most_copies=most)
+    compiled, plain = Auto(config, prices), Auto(config, prices)
+    rng = np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "DEPTH", depth)
+        for step in range(3):
+            history = [each.astype(kind, order="F") for each, kind in zip(counts, "lil", strict=True)][
+                : step + 1
+            ]
+            found = compiled.plan(history, None, owners, topology)
+            with pytest.MonkeyPatch.context() as without:
+                for module in (auto, copies, costs):
+                    without.setattr(module, "run_compiled", lambda *_: False)
+                np.testing.assert_array_equal(found, plain.plan(history, None, owners, topology))
+            owners = tuple(rng.permutation(owners).tolist())
 
 
 def test_a_little_gain_is_no_reason_to_change() -> None:

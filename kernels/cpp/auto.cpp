@@ -92,13 +92,8 @@ template <class See> void each_set(const std::uint8_t* bytes, int64_t length, Se
 
 // The best prefix so far: the first experts of a template.
 struct Best {
-    int64_t time = copies::UNFIT, depth = 0;
-    const Plan* plan = nullptr;
-
-    void see(const std::vector<int64_t>& times, const Plan* from) {
-        const auto least = std::min_element(times.begin(), times.end());
-        if (*least < time) *this = {*least, least - times.begin(), from};
-    }
+    int64_t time, depth;
+    const Plan* plan;
 };
 
 }  // namespace search
@@ -114,23 +109,22 @@ extern "C" void auto_plan_i64(const int64_t* const* steps, const int64_t* owners
     const std::vector<int64_t> nodes_but_one(experts, heat.nodes.number - 1);
     const Plan templates[] = {heat.own_node(depth), heat.spread(nodes_but_one, depth, most_copies),
                               heat.spread(heat.seats_by_load(), depth, most_copies)};
-    Best best;
-    std::vector<int64_t> times(depth + 1);
-    for (const Plan& each : templates) {
-        bank.prefixes(each.data(), depth, times.data());
-        best.see(times, &each);
-    }
-    const int64_t none = times[0];
+    const int64_t none = bank.time(bank.alone);
+    Best best{none, 0, &templates[0]};
+    std::vector<int64_t> times(experts + 1);
+    const auto see = [&](const Plan& plan, int64_t length) {
+        bank.prefixes(plan.data(), length, times.data(), best.time);
+        const auto least = std::min_element(times.begin(), times.begin() + length + 1);
+        if (*least < best.time) best = {*least, least - times.begin(), &plan};
+    };
+    for (const Plan& each : templates) see(each, depth);
     const Plan everywhere(experts * ranks, 1);
-    times.resize(experts + 1);
-    bank.prefixes(everywhere.data(), experts, times.data());
-    best.see(times, &everywhere);
+    see(everywhere, experts);
 
     Plan before = heat.alone(experts);
     for (int64_t r = 0; r < ranks; ++r)
         each_set(last + r * experts, experts, [&](int64_t e) { before[heat.place[e] * ranks + r] = 1; });
-    bank.prefixes(before.data(), experts, times.data());
-    const int64_t then = times[experts];
+    const int64_t then = bank.time(before.data(), experts);
     const __int128 saved = static_cast<__int128>(then - best.time) * 1000000;
     if (then <= none && saved <= static_cast<__int128>(then) * millionths) best = {then, experts, &before};
 

@@ -55,13 +55,13 @@ inline void spread(std::uint8_t* present, const int64_t* seats, const int64_t* w
             // conditions without shortcuts: nobody could predict the branches
             int64_t node = -1, lacks = 2, most = 0;
             for (int64_t n = 0; n < nodes.number; ++n) {
-                const bool better = !full[n] & ((has[n] < lacks) | ((has[n] == lacks) & (of_node[n] > most)));
+                const bool better = (full[n] == 0) & ((has[n] < lacks) | ((has[n] == lacks) & (of_node[n] > most)));
                 node = better ? n : node, lacks = better ? has[n] : lacks, most = better ? of_node[n] : most;
             }
             if (node < 0) break;
             int64_t rank = -1;
             for (int64_t r = nodes.begin(node), end = nodes.end(node); r < end; ++r) {
-                const bool better = !there[r] & (room[r] > 0) & ((rank < 0) | (spare[r] > most));
+                const bool better = (there[r] == 0) & (room[r] > 0) & ((rank < 0) | (spare[r] > most));
                 rank = better ? r : rank, most = better ? spare[r] : most;
             }
             if (rank < 0) {
@@ -104,8 +104,7 @@ struct Load {
         for (int64_t** part : {&rows_in, &rows_out, &copies_in, &copies_out}) *part = next, next += of.number;
     }
 
-    // The same as another of these nodes.
-    void take(const Load& other) { std::copy(other.all.begin(), other.all.end(), all.begin()); }
+    Load(const Load& other) : Load(other.nodes) { std::copy(other.all.begin(), other.all.end(), all.begin()); }
 
     // Adds an expert that is on its owner only. counts (ranks).
     void alone(const int64_t* counts, const int64_t* of_node, int64_t owner, const Costs& costs) {
@@ -198,20 +197,23 @@ struct Load {
         return found;
     }
 
-    int64_t time(const Costs& c) const {
-        const int64_t zero = 0, others = nodes.ranks - 1;
-        const auto exchange = [&](int64_t rank, int64_t node, int64_t near, int64_t far, int64_t message) {
-            return std::max(rank * near, node * far) + message * std::min(rank, others);
-        };
-        const int64_t of_rank = most(guests, 2 * nodes.ranks), of_node = most(rows_in, 2 * nodes.number);
-        const int64_t copies = most(taken, 2 * nodes.ranks), far_copies = most(copies_in, 2 * nodes.number);
-        const int64_t trip = exchange(of_rank, of_node, c.row_near, c.row_far, c.message * c.micro_batches);
-        const int64_t gather = exchange(copies, far_copies, c.copy_near, c.copy_far, c.message);
-        const int64_t back = exchange(copies, far_copies, c.grad_near, c.grad_far, c.message);
-        const int64_t forward = c.gathers_forward * std::max(zero, gather - c.hidden_forward);
+    int64_t exchange(int64_t rank, int64_t node, int64_t near, int64_t far, int64_t message) const {
+        return std::max(rank * near, node * far) + message * std::min(rank, nodes.ranks - 1);
+    }
+
+    int64_t of_rows(const Costs& c) const {
+        const int64_t rank = most(guests, 2 * nodes.ranks), node = most(rows_in, 2 * nodes.number);
+        return most(work, nodes.ranks) + 4 * exchange(rank, node, c.row_near, c.row_far, c.message * c.micro_batches);
+    }
+
+    // What copies take in sight: never less with more of them.
+    int64_t of_copies(const Costs& c) const {
+        const int64_t zero = 0, rank = most(taken, 2 * nodes.ranks), node = most(copies_in, 2 * nodes.number);
+        const int64_t gather = exchange(rank, node, c.copy_near, c.copy_far, c.message);
+        const int64_t back = exchange(rank, node, c.grad_near, c.grad_far, c.message);
         const int64_t hidden = std::max(c.gathers_backward, c.reductions) * c.hidden_backward;
-        const int64_t backward = std::max(zero, c.gathers_backward * gather + c.reductions * back - hidden);
-        return most(work, nodes.ranks) + 4 * trip + forward + backward;
+        return c.gathers_forward * std::max(zero, gather - c.hidden_forward) +
+               std::max(zero, c.gathers_backward * gather + c.reductions * back - hidden);
     }
 };
 
@@ -244,20 +246,32 @@ struct Bank {
     const int64_t* of(int64_t expert) const { return counts + expert * nodes.ranks; }
     const int64_t* of_node(int64_t expert) const { return nodes_counts.data() + expert * nodes.number; }
 
-    // What a plan takes; UNFIT where a rank would have too many copies.
-    int64_t time(const Load& load) const {
-        return load.most(load.taken, nodes.ranks) <= most_copies ? load.time(costs) : UNFIT;
+    // A plan's time, or UNFIT where a rank would have too many copies, or where copies alone take as long as `bound`. What
+    // is true of either is true of every plan that has more.
+    int64_t time(const Load& load, int64_t bound = UNFIT) const {
+        if (load.most(load.taken, nodes.ranks) > most_copies) return UNFIT;
+        const int64_t of_copies = load.of_copies(costs);
+        return of_copies < bound ? of_copies + load.of_rows(costs) : UNFIT;
     }
 
-    // templates (depth, ranks), times (depth + 1); see prefix_times() in parallel/costs.py.
-    void prefixes(const std::uint8_t* there, int64_t depth, int64_t* times) const {
-        Load load(nodes);
-        load.take(alone);
-        times[0] = time(load);
-        for (int64_t e = 0; e < depth; ++e) {
-            const bool more = times[e] != UNFIT && load.widen(of(e), of_node(e), there + e * nodes.ranks, owners[e], costs);
-            times[e + 1] = more ? time(load) : times[e];  // a rank that has too many never has less
-        }
+    // Of a plan (depth, ranks), and of no copies.
+    int64_t time(const std::uint8_t* there, int64_t depth) const {
+        Load load(alone);
+        for (int64_t e = 0; e < depth; ++e) widen(load, there, e);
+        return time(load);
+    }
+
+    // template (depth, ranks), times (depth + 1); see prefix_times() in parallel/costs.py.
+    void prefixes(const std::uint8_t* there, int64_t depth, int64_t* times, int64_t bound = UNFIT) const {
+        std::fill(times, times + depth + 1, UNFIT);
+        Load load(alone);
+        times[0] = time(load, bound);
+        for (int64_t e = 0; e < depth && times[e] != UNFIT; ++e)
+            times[e + 1] = widen(load, there, e) ? time(load, bound) : times[e];
+    }
+
+    bool widen(Load& load, const std::uint8_t* there, int64_t expert) const {
+        return load.widen(of(expert), of_node(expert), there + expert * nodes.ranks, owners[expert], costs);
     }
 };
 
