@@ -1,9 +1,9 @@
 """What planners of copies cost and save: a trace of routing, replayed through every planner and the cost model.
 
-Times of planning are measured, in the processor's time of this process, over several replays: the best of them says
-what planning takes where nobody else disturbs it. Times of steps are the model's (`parallel/costs.py`), for the
-machine written below, and no measurement. Every planner sees the steps before the one it plans, and exact ones the
-step itself. Results: bench/results/planning.md.
+Times of planning are measured, as time of the processor over several replays: on a machine with other work the best of
+them tells most. Times of steps are the model's (`parallel/costs.py`), for the machine written below, and no
+measurement. Every planner sees the steps before the one it plans, and exact ones the step itself. Results:
+bench/results/planning.md.
 
     python bench/planning.py [--trace FILE] [--ranks-per-node 8] [--steps 12] [--replays 5]
 
@@ -183,6 +183,8 @@ def main() -> None:
     )
     parser.add_argument("--replays", type=int, default=5)
     args = parser.parse_args()
+    if args.replays < 1:
+        parser.error(f"--replays: {args.replays} is not positive")
     if args.steps <= WINDOW:
         parser.error(f"--steps: {args.steps} leaves none after the first {WINDOW}")
     command = f"python bench/planning.py --steps {args.steps} --ranks-per-node {args.ranks_per_node}"
