@@ -282,9 +282,8 @@ class Materialized:
             like.new_empty(count, *table.shape, dtype=self.dtype),
             like.new_empty(count, *table.out, dtype=self.dtype),
         )
-        self.matrices = tuple(
-            matrix.data for matrix in made
-        )  # without a version: filling is none of autograd's
+        # without a version: filling is none of autograd's business
+        self.matrices = tuple(matrix.data for matrix in made)
         self.sizes = [matrix.untyped_storage().nbytes() for matrix in made]
         return made
 

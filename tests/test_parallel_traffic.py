@@ -76,7 +76,10 @@ def test_rows_and_bytes_of_a_layer() -> None:
     assert all(seconds > 0 for seconds in both.waited)
     record = both.record()
     assert record["traffic/rows"] == ROWS
-    assert [name for name in record if name.startswith("time/")] == ["time/waited"]
+    assert [name for name in record if name.startswith("time/")] == [
+        "time/waited",
+        "time/waited_for_copies",
+    ]
 
     assert (forward.rows, forward.sent["tokens"], forward.sent["counts"]) == (ROWS, once, COUNTS)
     # what is computed again counts as sent; the way back may be left out, since no gradient needs what it brings
