@@ -54,6 +54,11 @@ class Copying:
     changes: int = 0
     """Of weights, where tensors do not count them: steps of optimizers (fused kernels leave no trace), and moves."""
 
+    def reset(self) -> None:
+        """Forget what was sent and waited for."""
+        self.seconds_waited = 0.0
+        self.copies.bytes = self.gradients.bytes = 0
+
     def count_steps(self) -> None:
         """Count the steps of all optimizers from now on, as one of them has these weights."""
         here = weakref.ref(self)

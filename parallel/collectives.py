@@ -78,7 +78,7 @@ class Flat:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.bytes = group, 0
         self.groups = (group,)
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
 
     def all_gather(self, rows: Rows, wanted: Wanted, owners: Sequence[int]) -> Transfer:
         away, here = between(wanted, owners, self.rank)

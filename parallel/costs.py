@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from moesaic.parallel.compiled import run_compiled
-from moesaic.parallel.placement import Counts, Present, Topology
+from moesaic.parallel.placement import Counts, Present, Topology, no_copies
 
 LONGEST = 10**14
 """A hundred seconds, the largest price: far from where sums in int64 end."""
@@ -110,7 +110,7 @@ def layer_time(
     time = int(prefix_times(counts.T, home, present.T[None], topology, costs)[0, -1])
     if planned is None:
         return time
-    moved = (present & (np.arange(topology.ranks)[:, None] != home)).T
+    moved = (present & ~no_copies(home, topology.ranks)).T
     whole, early, late = (
         int(
             _copies(part, home, topology)
@@ -230,14 +230,11 @@ def _load(
 
 def _copies(moved: Bool[np.ndarray, "E P"], owners: Int64[np.ndarray, " E"], topology: Topology) -> _Traffic:
     """Of each expert, which its owner sends once for each rank."""
-    home = topology.nodes()[owners]
-    arriving = _by_node(moved, topology) * (
-        np.arange(-(-topology.ranks // topology.ranks_per_node)) != home[:, None]
-    )
+    nodes = topology.nodes()
+    at_home = np.arange(nodes[-1] + 1) == nodes[owners][:, None]  # (E, N)
+    arriving = _by_node(moved, topology) * ~at_home
     given = (np.arange(topology.ranks) == owners[:, None]) * moved.sum(1, keepdims=True)
-    leaving = (np.arange(-(-topology.ranks // topology.ranks_per_node)) == home[:, None]) * arriving.sum(
-        1, keepdims=True
-    )
+    leaving = at_home * arriving.sum(1, keepdims=True)
     return _Traffic(np.stack([moved, given]), np.stack([arriving, leaving]))
 
 

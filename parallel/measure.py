@@ -49,18 +49,18 @@ def measure_costs(
     assert slots is not None
     found: dict[str, Costs] = {}
     shapes: dict[tuple[object, ...], Costs] = {}
+    recomputed = False
     with measuring(slots):
         for _, layer in layers_of(model):
             assert isinstance(layer.dispatcher, AllToAll)
             bank = layer.dispatcher.bank
+            recomputed |= layer.dispatcher.recomputed
             shape = (*bank.table.shape, *bank.table.out, bank.owners)
             if shape not in shapes:
                 mine = _Layer(layer.experts, layer.dispatcher, dtype).costs()
                 shapes[shape] = _slowest(mine, ranks)
             found[bank.name] = shapes[shape]
-    return {
-        name: repeated(costs, slots, layer_recomputes(model), micro_batches) for name, costs in found.items()
-    }
+    return {name: repeated(costs, slots, recomputed, micro_batches) for name, costs in found.items()}
 
 
 def repeated(costs: Costs, slots: Slots, recomputed: bool, micro_batches: int) -> Costs:
@@ -77,13 +77,6 @@ def repeated(costs: Costs, slots: Slots, recomputed: bool, micro_batches: int) -
     )
 
 
-def layer_recomputes(model: nn.Module) -> bool:
-    """Whether layers are computed again for their backward pass."""
-    return any(
-        layer.dispatcher.recomputed for _, layer in layers_of(model) if isinstance(layer.dispatcher, AllToAll)
-    )
-
-
 @contextmanager
 def measuring(slots: Slots) -> Iterator[None]:
     """Within it, copies and their gradients travel at every pass; afterwards it is as if nothing had happened."""
@@ -96,8 +89,7 @@ def measuring(slots: Slots) -> Iterator[None]:
     finally:
         copying.accumulate, copying.rematerialize = before
         slots.begin(last=True)
-        copying.seconds_waited = 0.0
-        copying.copies.bytes = copying.gradients.bytes = 0
+        copying.reset()
         for name, bank in slots.banks.items():
             bank.loads, bank.present = np.zeros_like(bank.loads), plans[name]
         for table in slots:

@@ -124,7 +124,7 @@ def peak(loads: Mapping[str, Sequence[int]], owners: OwnerMap) -> float:
     return busiest * owners.ranks / total if total else 1.0
 
 
-def no_copies(owners: tuple[int, ...], ranks: int) -> Bool[np.ndarray, "P E"]:
+def no_copies(owners: Sequence[int] | Int64[np.ndarray, " E"], ranks: int) -> Bool[np.ndarray, "P E"]:
     """The materialisation plan of expert parallelism: every expert on its owner only."""
     return np.arange(ranks)[:, None] == np.asarray(owners)
 

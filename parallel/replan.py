@@ -94,17 +94,20 @@ class Replan:
         return {"plan/copies": float(sum(copies)), "plan/changed": float(len(changed))}
 
     def remember(self) -> None:
-        """Move the step's counts, of all copies of the model, to the banks' histories."""
+        """Move the step's counts, of all copies of the model, to the banks' histories; one message."""
+        banks = self.slots.banks.values()
+        every = [bank.loads for bank in banks]
         mesh = self.ranks.mesh
-        for bank in self.slots.banks.values():
-            counts = bank.loads
-            if mesh is not None and mesh["dp_replicate"].size() > 1:
-                total = torch.from_numpy(counts).to(bank.table.master.device)
-                group = mesh.get_group("dp_replicate")
-                with waiting_for("the sum of experts' loads over copies", group):
-                    dist.all_reduce(total, group=group)
-                counts = total.cpu().numpy()
-            bank.history = [*bank.history, counts.copy()][-LONGEST_HISTORY:]
+        if mesh is not None and mesh["dp_replicate"].size() > 1:
+            flat = np.concatenate([counts.reshape(-1) for counts in every])
+            total = torch.from_numpy(flat).to(mesh.device_type)
+            group = mesh.get_group("dp_replicate")
+            with waiting_for("the sum of experts' loads over copies", group):
+                dist.all_reduce(total, group=group)
+            parts = total.cpu().split([counts.size for counts in every])
+            every = [part.view(counts.shape).numpy() for part, counts in zip(parts, every, strict=True)]
+        for bank, counts in zip(banks, every, strict=True):
+            bank.history = [*bank.history, counts][-LONGEST_HISTORY:]
             bank.loads = np.zeros_like(bank.loads)
 
     def plan(self) -> None:

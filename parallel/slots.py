@@ -64,11 +64,8 @@ class ExpertRows(torch.Tensor):
 
     def runs(self) -> Iterator[tuple[int, Tensor]]:
         """Consecutive experts: the first one's number, and their part of `local`."""
-        start = 0
-        for end in range(1, len(self.experts) + 1):
-            if end == len(self.experts) or self.experts[end] != self.experts[end - 1] + 1:
-                yield self.experts[start], self.local[start:end]
-                start = end
+        for begin, first, count in runs(self.experts):
+            yield first, self.local[begin : begin + count]
 
     def __create_write_items__(self, name: str, _: object) -> list["WriteItem"]:
         from torch.distributed.checkpoint.metadata import (

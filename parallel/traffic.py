@@ -78,8 +78,7 @@ class Meter:
         for dispatcher in self.dispatchers:
             dispatcher.traffic = Traffic()
         if self.copying is not None:
-            self.copying.seconds_waited = 0.0
-            self.copying.copies.bytes = self.copying.gradients.bytes = 0
+            self.copying.reset()
 
     def collect(self) -> StepTraffic | None:
         """What all ranks moved since `reset`; collective, one message. None where no experts are owned."""

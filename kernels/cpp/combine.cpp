@@ -1,30 +1,11 @@
 // Weighted rows back to tokens, and the gradient of that. Assignments are sorted by token; `where` is the row of each.
 #include "common.h"
 
-// y[t] = sum of weights[a] * rows[where[a]] over offsets[t] <= a < offsets[t + 1]; without weights they are 1.
 template <class T>
 void sum_rows(const T* rows, const int64_t* where, const int64_t* offsets, const T* weights, T* y, int64_t tokens,
               int64_t dim, int64_t threads) {
     PARALLEL_FOR
-    for (int64_t t = 0; t < tokens; ++t) {
-        T* out = y + t * dim;
-        const int64_t begin = offsets[t], end = offsets[t + 1];
-        if (begin == end) {
-            std::memset(out, 0, dim * sizeof(T));
-            continue;
-        }
-        for (int64_t a = begin; a < end; ++a) {
-            const T* row = rows + where[a] * dim;
-            const T weight = weights ? weights[a] : T(1);
-            if (a == begin) {
-#pragma omp simd
-                for (int64_t i = 0; i < dim; ++i) out[i] = row[i] * weight;
-            } else {
-#pragma omp simd
-                for (int64_t i = 0; i < dim; ++i) out[i] += row[i] * weight;
-            }
-        }
-    }
+    for (int64_t t = 0; t < tokens; ++t) sum_of_token(rows, where, offsets, weights, y, t, dim);
 }
 
 // grad_rows[where[a]] = weights[a] * grad[t]; grad_weights[a] = rows[where[a]] . grad[t]. Every row belongs to one a.

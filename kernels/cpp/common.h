@@ -65,3 +65,23 @@ template <class T> void add_blocks(const T* partial, T* out, int64_t blocks, int
     for (int64_t b = 0; b < blocks; ++b)
         for (int64_t i = 0; i < width; ++i) out[i] += partial[b * width + i];
 }
+
+// y[t] = sum of weights[a] * rows[where[a]] over offsets[t] <= a < offsets[t + 1]; without weights they are 1.
+template <class T>
+inline void sum_of_token(const T* rows, const int64_t* where, const int64_t* offsets, const T* weights, T* y, int64_t t,
+                         int64_t dim) {
+    T* out = y + t * dim;
+    const int64_t begin = offsets[t], end = offsets[t + 1];
+    if (begin == end) std::memset(out, 0, dim * sizeof(T));
+    for (int64_t a = begin; a < end; ++a) {
+        const T* row = rows + where[a] * dim;
+        const T weight = weights ? weights[a] : T(1);
+        if (a == begin) {
+#pragma omp simd
+            for (int64_t i = 0; i < dim; ++i) out[i] = row[i] * weight;
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < dim; ++i) out[i] += row[i] * weight;
+        }
+    }
+}

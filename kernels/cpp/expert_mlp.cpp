@@ -117,24 +117,6 @@ template <class T> struct Experts {
         }
         return buffer;
     }
-
-    // y[t] = sum of the token's rows, weighted where `weights` are given.
-    void sum(const T* rows, const T* weights, T* y, int64_t t) const {
-        T* out = y + t * dim;
-        const int64_t begin = offsets[t], end = offsets[t + 1];
-        if (begin == end) std::memset(out, 0, dim * sizeof(T));
-        for (int64_t a = begin; a < end; ++a) {
-            const T* row = rows + where[a] * dim;
-            const T weight = weights ? weights[a] : T(1);
-            if (a == begin) {
-#pragma omp simd
-                for (int64_t i = 0; i < dim; ++i) out[i] = row[i] * weight;
-            } else {
-#pragma omp simd
-                for (int64_t i = 0; i < dim; ++i) out[i] += row[i] * weight;
-            }
-        }
-    }
 };
 
 // y (tokens, dim); rows: memory for (rows, dim), or y itself where nothing is summed; hidden: (rows, inputs) to keep, or
@@ -167,7 +149,8 @@ void forward(const Experts<T>& given, const T* x, S* hidden, T* rows, T* y, T* m
         if (given.tokens) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 64) nowait
-            for (int64_t t = 0; t < given.num_tokens; ++t) given.sum(rows, given.gates, y, t);
+            for (int64_t t = 0; t < given.num_tokens; ++t)
+                sum_of_token(rows, given.where, given.offsets, given.gates, y, t, dim);
         }
     }
 }
@@ -292,7 +275,8 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
         }
         if (given.tokens) {
 #pragma omp for schedule(dynamic, 64) nowait
-            for (int64_t t = 0; t < given.num_tokens; ++t) given.sum(rows, nullptr, grad_x, t);
+            for (int64_t t = 0; t < given.num_tokens; ++t)
+                sum_of_token(rows, given.where, given.offsets, static_cast<const T*>(nullptr), grad_x, t, dim);
         }
     }
 }
