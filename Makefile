@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Worker processes of pytest, each on one thread; 0: none. Two doubled the processor time, so they are not the default.
-WORKERS ?= 0
+# Worker processes of pytest, each on one thread; 0: none. Tests that start ranks of their own keep two cores busy alone.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -29,7 +29,7 @@ train: $(CORE)
 	$(BIN)/moesaic train configs/quickstart.yaml --resume
 
 test: $(DEV)
-	$(PYTEST) -m "not slow and not multigpu" -n $(WORKERS)
+	$(PYTEST) -m "not slow and not multigpu" -n $(WORKERS) --dist worksteal
 
 test-slow: $(EVAL)
 	$(PYTEST) -m "slow"

@@ -193,6 +193,7 @@ def test_engines_agree(kind: str) -> None:
     assert balanced_assignment(scores.to(device), backend="triton").cpu().equal(want)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_one_program_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds: the interpreter is slow."""
     pytest.importorskip("triton")

@@ -341,7 +341,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@settings(max_examples=1000, derandomize=True, **OPTIONS)
+@settings(max_examples=300, derandomize=True, **OPTIONS)
 @given(case=cases())
 def test_a_changed_config_is_accepted_or_refused_by_name(folder: Path, case: tuple[str, list[str]]):
     check(*case, folder)
