@@ -20,7 +20,6 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel.auto import AutoConfig
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
-from moesaic.parallel.costs import Costs
 from moesaic.parallel.fastermoe import FasterMoEConfig
 from moesaic.parallel.hecate import HecateConfig
 from moesaic.parallel.placement import OwnerMap
@@ -42,10 +41,6 @@ LIMIT = 1e-12
 EPS = 1e-3
 """Of AdamW: it divides gradients by their own size, and one that is nothing but rounding must not move a weight."""
 
-COSTS = Costs(
-    row=1000, row_near=300, row_far=900, copy_near=4000, copy_far=9000, grad_near=4000, grad_far=9000
-)
-"""With which planners copy some experts, and not all."""
 PLANS: dict[str, PlanConfig] = {
     "expert parallel": ExpertParallelConfig(),
     "random": ExpertParallelConfig(),
@@ -180,7 +175,7 @@ def run_of(case: Case, ranks: int) -> RunConfig:
             max_rows=case.max_rows,
             compare_plans=True,
             plan=PLANS[case.plan],
-            costs=COSTS,
+            costs=audits.COSTS,
             rematerialize=case.rematerialize,
             accumulate=case.accumulate,  # type: ignore[arg-type]
             prefetch=case.prefetch,

@@ -27,6 +27,7 @@ from moesaic.parallel.placement import OwnerMap, even_owners
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.reshard import reshard
 from moesaic.parallel.shard import slot_tables
+from moesaic.parallel.slots import slots_of
 from moesaic.parallel.spawn import RankFailedError, run_ranks
 from moesaic.train import audit as audits
 from moesaic.train import step as steps
@@ -315,6 +316,28 @@ EVERYWHERE = "parallel.experts.plan.kind=replicate_all"
 def test_copies_pass() -> None:
     assert owned(EVERYWHERE, "parallel.experts.accumulate=last") == {}
     assert owned(EVERYWHERE, "parallel.experts.rematerialize=true", ranks=3) == {}
+
+
+def test_planners_copy_some_experts_of_shrunken_models() -> None:
+    """Else an audit with a planner would say nothing about copies."""
+    plans = ("auto", "hecate")
+
+    def copies(plan: str) -> list[int]:
+        overrides = ["parallel.experts.kind=owned", f"parallel.experts.plan.kind={plan}"]
+        small = audits.shrunken(read_run("debug", [*SETTINGS, *overrides], world_size=None), 2)
+        found = []
+
+        def count(trainee: Trainee, step: int) -> None:
+            slots = slots_of(trainee.model)
+            assert slots is not None
+            found.extend(int((bank.present & ~bank.alone).sum()) for bank in slots.banks.values() if step)
+
+        audits.observe(ranks_of(small.parallel, "cpu"), small, before=count)
+        return found
+
+    for of_rank in run_ranks(lambda: [copies(plan) for plan in plans], 2):
+        for found in of_rank:
+            assert 0 < sum(found) < 8 * len(found)
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -20,6 +20,7 @@ from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
 from moesaic.moe.replay import ReplayRouter
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.costs import Costs
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.shard import gradient_norm, owned_parameters
 from moesaic.parallel.slots import ExpertRows
@@ -33,6 +34,19 @@ from moesaic.train.optim import MuonConfig, build_optimizer
 
 LIMIT = 1e-10
 VOCAB, SEQ_LEN, STEPS = 61, 24, 2
+
+COSTS = Costs(
+    row=1000,
+    row_near=300,
+    row_far=900,
+    copy_near=16_000,
+    copy_far=32_000,
+    grad_near=16_000,
+    grad_far=32_000,
+    hidden_forward=16_000,
+    hidden_backward=16_000,
+)
+"""Where none are given: planners copy some experts, and not all. A shrunken layer would be measured to gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,12 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
     data = replace(run.data, seq_len=SEQ_LEN)
     parallel = run.parallel
     if parallel.owned is not None:  # few steps: experts move at each of them
-        owned = replace(parallel.owned, rebalance=min(parallel.owned.rebalance, 1), gradients="fp32")
+        owned = replace(
+            parallel.owned,
+            rebalance=min(parallel.owned.rebalance, 1),
+            gradients="fp32",
+            costs=parallel.owned.costs or COSTS,
+        )
         parallel = replace(parallel, experts=owned)
     optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
     return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
