@@ -8,6 +8,7 @@ gradient, which needs no expert output: exact, because experts have no bias (sec
 Dims: T tokens, D width, F hidden width, G input matrices per expert, E experts, R assignments, N rows.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ MEASURED = ("cuda",)
 """Types of device on which `auto` is a question of time: on a CPU the compiled kernels serve, or else torch."""
 SEGMENT_BYTES = 16 << 20
 """About what a thread of the CPU's kernel works in."""
+
+Into = Callable[[], tuple[Tensor, Tensor, bool]]
+"""Asked in a backward pass: where the gradients of w1 and w2 belong, and whether to add them to what is there."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,16 @@ def expert_rows(
     *,
     kind: ExpertKind,
     backend: Backend = "auto",
+    into: Into | None = None,
 ) -> Float[Tensor, "N D"]:
-    """The same for rows that lie in order: the first `counts[0]` go through the first expert, and so on."""
+    """The same for rows that lie in order: the first `counts[0]` go through the first expert, and so on.
+
+    With `into`, gradients of w1 and w2 are written there, and autograd gets none. The two must come out of some op, and
+    only a backward pass that goes through it writes.
+    """
     none = (None,) * 6
+    if into is not None and torch.is_grad_enabled():
+        return _RowsInto.apply(rows, w1, w2, counts, kind, backend, into)  # type: ignore[no-any-return]
     return _expert_mlp(rows, w1, w2, counts, *none, kind, backend, torch.is_grad_enabled())[0]
 
 
@@ -161,6 +172,66 @@ def _expert_mlp_backward(
 def _(grad, x, w1, w2, hidden, counts, gates, tokens, order, where, offsets, per_token, kind, backend):
     grad_gates = x.new_empty(0) if gates is None else torch.empty_like(gates)
     return torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2), grad_gates
+
+
+@torch.library.custom_op("moesaic::expert_rows_backward_into", mutates_args=("grad_w1", "grad_w2"))
+def _expert_rows_backward_into(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    counts: Tensor,
+    kind: str,
+    backend: str,
+    grad_w1: Tensor,
+    grad_w2: Tensor,
+    add: bool,
+) -> Tensor:
+    """The gradient of x; those of w1 and w2 are written, or added."""
+    module, boxes = _engine(backend, x, w1, w2), (grad_w1, grad_w2)
+    if hidden.shape[0] == 0:
+        for box in () if add else boxes:
+            box.zero_()
+        return torch.zeros_like(x)
+    given = (grad.contiguous(), x, w1, w2, hidden, counts, None, kind, backend)
+    if module is _Cpp and grad_w1.dtype == accumulation_dtype(x.dtype):
+        return _Cpp.backward(*given, into=(grad_w1, grad_w2, add))[0]
+    grad_x, *found, _ = module.backward(*given)
+    for box, part in zip(boxes, found, strict=True):
+        if add:
+            box += part
+        else:
+            box.copy_(part)
+    return grad_x
+
+
+@_expert_rows_backward_into.register_fake
+def _(grad, x, w1, w2, hidden, counts, kind, backend, grad_w1, grad_w2, add):
+    return torch.empty_like(x)
+
+
+class _RowsInto(torch.autograd.Function):
+    """`expert_rows` whose gradients of matrices go where they belong, without a tensor of their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, w1: Tensor, w2: Tensor, counts: Tensor, kind: str, backend: str, into: Into
+    ) -> Tensor:
+        out, hidden = _expert_mlp(rows, w1, w2, counts, *(None,) * 6, kind, backend, True)
+        ctx.save_for_backward(rows, w1, w2, hidden, counts)
+        ctx.kind, ctx.backend, ctx.into = kind, backend, into
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = (grads[0], *ctx.saved_tensors)
+        matrices = ctx.next_functions[1][0]
+        if torch._C._will_engine_execute_node(matrices):
+            grad_x = _expert_rows_backward_into(*given, ctx.kind, ctx.backend, *ctx.into())
+        else:  # of `torch.autograd.grad`, which was asked for others only
+            grad_x = _expert_mlp_backward(*given, *(None,) * 6, ctx.kind, ctx.backend)[0]
+        return grad_x, *(None,) * 6
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -301,14 +372,18 @@ class _Cpp:
         routes: Routes | None,
         kind: str,
         backend: str,
+        into: tuple[Tensor, Tensor, bool] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         call = _Call(x, w1, w2, counts, routes, kind)
-        grad_x, grad_w1, grad_w2 = call.new(*x.shape), call.new(*w1.shape), call.new(*w2.shape)
+        grad_x = call.new(*x.shape)
+        grad_w1, grad_w2, add = into or (call.new(*w1.shape), call.new(*w2.shape), False)
         grad_gates = None if routes is None else call.new(call.rows)
         rows = grad_x if routes is None else call.new(call.rows, call.dim)
         memory = call.memory(2 * call.dim + call.inputs + call.width, call.inputs)
-        found = (grad_x, grad_w1, grad_w2, grad_gates)
-        call.run("expert_mlp_backward", grad.to(call.dtype), hidden, rows, *found, memory, call.kept())
+        found = (grad_x, _pointer(grad_w1), _pointer(grad_w2), grad_gates)
+        strides = (grad_w1.stride(0), grad_w2.stride(0), int(add))
+        given = (grad.to(call.dtype), hidden, rows, *found, memory, call.kept())
+        call.run("expert_mlp_backward", *given, strides=strides)
         if routes is not None and grad_gates is not None:
             grad_gates = grad_gates.to(routes.gates.dtype)
         return grad_x.to(x.dtype), grad_w1.to(x.dtype), grad_w2.to(x.dtype), grad_gates
@@ -322,7 +397,8 @@ class _Call:
     ) -> None:
         self.dtype = accumulation_dtype(x.dtype)
         self.stored = x.dtype
-        self.x, self.w1, self.w2 = (tensor.to(self.dtype).contiguous() for tensor in (x, w1, w2))
+        self.x = x.to(self.dtype).contiguous()
+        self.w1, self.w2 = (_by_expert(matrices.to(self.dtype)) for matrices in (w1, w2))
         self.counts = counts
         self.routes: tuple[Tensor | None, ...] = (None,) * 5
         if routes is not None:
@@ -349,11 +425,22 @@ class _Call:
         most_segments = self.rows // max(1, self.target // 2) + self.experts
         return self.new((self.rows + 16 * most_segments) * (self.inputs + self.width))
 
-    def run(self, name: str, *args: Tensor | None) -> None:
+    def run(self, name: str, *args: native.Argument, strides: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """`strides`: of the gradients of matrices, and whether to add to them."""
         sizes = (self.x.shape[0], self.rows, self.experts, self.dim, self.width, self.inputs, self.target)
-        tensors = (self.x, self.w1, self.w2, self.counts, *self.routes, *args)
+        sizes = (*sizes, self.w1.stride(0), self.w2.stride(0), *strides)
+        given = (self.x, _pointer(self.w1), _pointer(self.w2), self.counts, *self.routes, *args)
         products = (native.gemm(self.dtype), native.gemm_threads())
-        native.run(name, self.stored, *products, *tensors, torch.tensor(sizes), self.kind)
+        native.run(name, self.stored, *products, *given, torch.tensor(sizes), self.kind)
+
+
+def _by_expert(matrices: Tensor) -> Tensor:
+    """With every expert's matrices in one piece; what lies between experts does not matter."""
+    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
+
+
+def _pointer(matrices: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(matrices.data_ptr())
 
 
 def _segment(rows: int, row_bytes: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels.activation import ExpertKind, input_matrices
 from moesaic.kernels.backend import Backend
-from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.expert_mlp import Into, expert_mlp, expert_rows
 from moesaic.kernels.plan import Plan
 
 
@@ -24,6 +24,8 @@ class Weights:
 
     w1: Float[Tensor, "M G F D"]
     w2: Float[Tensor, "M D F"]
+    into: Into | None = None
+    """Where gradients go, if not through autograd."""
 
 
 @runtime_checkable
@@ -84,4 +86,5 @@ class Experts(nn.Module):
         self, weights: Weights, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
     ) -> Float[Tensor, "N D"]:
         """The same with weights at hand."""
-        return expert_rows(rows, weights.w1, weights.w2, counts, kind=self.kind, backend=self.backend)
+        own = {"kind": self.kind, "backend": self.backend, "into": weights.into}
+        return expert_rows(rows, weights.w1, weights.w2, counts, **own)

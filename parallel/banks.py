@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -198,14 +199,18 @@ class OwnedBank:
         return master[slots].to(dtype)
 
     def give_back(self, use: "Materialized", grads: Sequence[Tensor]) -> None:
-        """Gradients of all matrices of a use: (M, ...) each."""
+        """Gradients of all matrices of a use: (M, ...) each. None where they are in the table already."""
         flat = [grad.flatten(1) for grad in grads]
-        self.table.add_gradient(self.table.owned[self.name], flat, use.own)
+        table = self.table
+        if flat:
+            table.add_gradient(table.owned[self.name], flat, use.own)
         self.uses = max(0, self.uses - 1)
         place = {expert: number for number, expert in enumerate(use.experts)}
 
         def rows(experts: Sequence[int]) -> Tensor:
-            leaving = flat[0].new_empty(len(experts), self.table.master.shape[1])
+            leaving = table.master.new_empty(len(experts), table.master.shape[1], dtype=use.dtype)
+            if not experts:
+                return leaving
             boxes = leaving.split([part.shape[1] for part in flat], 1)
             for begin, first, count in runs([place[expert] for expert in experts]):
                 for box, part in zip(boxes, flat, strict=True):
@@ -218,7 +223,7 @@ class OwnedBank:
         mine = np.flatnonzero(use.wanted[self.rank]).tolist()
         for expert, row in zip(mine, rows(mine), strict=True):
             held = self.held.get(expert)
-            wide = torch.promote_types(row.dtype, self.table.master.dtype)
+            wide = torch.promote_types(row.dtype, table.master.dtype)
             self.held[expert] = row.to(wide) if held is None else held.add_(row)
         self.held_wanted = self.held_wanted | use.wanted
         if self.copying.last and self.uses == 0:
@@ -252,7 +257,8 @@ class Materialized:
     """One use of a bank by a layer: matrices of all experts that are here, own and copied.
 
     The matrices have memory from `weights` on and values from `fill` on, so that copies may arrive in between. They can
-    be freed, and filled again: autograd has the same tensors then.
+    be freed, and filled again: autograd has the same tensors then. Where only own experts are here, in the type of the
+    master weights, the matrices are those of the slot table, and their gradients go there without a detour.
     """
 
     def __init__(self, bank: OwnedBank, dtype: torch.dtype, here: Present, coming: Gather) -> None:
@@ -265,7 +271,10 @@ class Materialized:
         mine = bank.table.owned[bank.name].experts
         self.own = [place for place, expert in enumerate(self.experts) if bank.owners[expert] == bank.rank]
         assert len(self.own) == len(mine), "a rank has all experts that it owns"
-        self.filled, self.matrices = False, ()
+        self.in_place = dtype == bank.table.master.dtype and len(self.own) == len(self.experts)
+        self.filled, self.sizes = False, []
+        self.matrices: tuple[Tensor, ...] | None = ()
+        """What is filled and freed; None once this use has let go of it."""
         self.gathers = [coming] if coming.serves(dtype) else []
         missing = self.wanted & ~coming.wanted if self.gathers else self.wanted
         if missing.any():
@@ -278,10 +287,18 @@ class Materialized:
         """The matrices; a gradient goes back to where each came from. Not to be read before `fill`."""
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.bank.uses += 1  # else a backward pass is computing the layer again
-        return Weights(*_Materialize.apply(self.bank.table.master, self))  # type: ignore[misc]
+        w1, w2 = _Materialize.apply(self.bank.table.master, self)  # type: ignore[misc]
+        table = self.bank.table
+        trained = self.in_place and table.master.requires_grad
+        into = partial(table.gradient_of, table.owned[self.bank.name]) if trained else None
+        return Weights(w1, w2, into)
 
     def allocate(self) -> tuple[Tensor, Tensor]:
         table, count = self.bank.table, len(self.experts)
+        if self.in_place:
+            first = table.owned[self.bank.name].first
+            w1, w2 = table.matrices(table.master.data[first : first + count])
+            return w1.data, w2.data  # no views, to autograd
         like = table.master.detach()
         made = (
             like.new_empty(count, *table.shape, dtype=self.dtype),
@@ -297,14 +314,16 @@ class Materialized:
         """Give the matrices their values, once copies are here; nothing where they have them."""
         if self.filled:
             return
+        assert self.matrices is not None
         for matrix, size in zip(self.matrices, self.sizes, strict=True):
             if matrix.untyped_storage().nbytes() != size:
                 matrix.untyped_storage().resize_(size)
         if self.bank.copying.poison:
             for matrix in self.matrices:
                 matrix.fill_(torch.nan)
-        part = self.bank.table.owned[self.bank.name]
-        self._put(self.own, self.bank.table.master[part.first : part.first + len(part.experts)])
+        if not self.in_place:
+            part = self.bank.table.owned[self.bank.name]
+            self._put(self.own, self.bank.table.master[part.first : part.first + len(part.experts)])
         place = {expert: number for number, expert in enumerate(self.experts)}
         if self.stale is not None:
             self.stale.finish()
@@ -318,6 +337,7 @@ class Materialized:
         self.gathers, self.stale, self.filled = [], None, True
 
     def _put(self, places: list[int], rows: Tensor) -> None:
+        assert self.matrices is not None
         cut = self.bank.table.shape.numel()
         for matrix, part in zip(self.matrices, (rows[:, :cut], rows[:, cut:]), strict=True):
             for begin, place, count in runs(places):
@@ -325,7 +345,7 @@ class Materialized:
 
     def release(self) -> None:
         """Free the matrices. `regather` and `fill` bring them back."""
-        for matrix in self.matrices:
+        for matrix in self.matrices or ():
             if self.bank.copying.poison:
                 matrix.fill_(torch.nan)
             else:
@@ -341,7 +361,7 @@ class Materialized:
 
     def forget(self) -> None:
         """Let go of the matrices; autograd keeps them where it needs them."""
-        self.matrices = ()
+        self.matrices = None
 
 
 class _Materialize(torch.autograd.Function):
@@ -350,14 +370,15 @@ class _Materialize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, master: Tensor, use: Materialized) -> tuple[Tensor, Tensor]:
         ctx.use = use
+        ctx.set_materialize_grads(False)
         return use.allocate()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         use: Materialized = ctx.use
-        if use.matrices:
+        if use.matrices is not None:
             use.release()
-        use.bank.give_back(use, grads)
+        use.bank.give_back(use, [grad for grad in grads if grad is not None])
         return None, None
 
 

@@ -151,24 +151,38 @@ class SlotTable(nn.Module):
         cut = self.shape.numel()
         return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
 
+    def gradient_of(self, part: Owned) -> tuple[Tensor, Tensor, bool]:
+        """Where gradients of a bank's matrices belong, as views, and whether to add to what is there. See `settle`."""
+        add = self._touch(part)
+        assert self.master.grad is not None
+        w1, w2 = self.matrices(self.master.grad[part.first : part.first + len(part.experts)])
+        return w1, w2, add
+
+    def _touch(self, part: Owned) -> bool:
+        """Make room for gradients of a bank; whether there are some already."""
+        if self.master.grad is None:
+            self.master.grad, self._written = torch.empty_like(self.master), set()
+        before = part.bank in self._written
+        self._written.add(part.bank)
+        return before
+
     def add_gradient(self, part: Owned, grads: Sequence[Tensor], places: Sequence[int]) -> None:
         """Add to a bank's rows; the first time after the gradient was cleared, write them. See `settle`.
 
         `grads` are (M, ...) of w1 and w2, flat but for the first dim; row `places[i]` belongs to the bank's i-th expert
         that is here.
         """
-        if self.master.grad is None:
-            self.master.grad, self._written = torch.empty_like(self.master), set()
+        add = self._touch(part)
+        assert self.master.grad is not None
         cut = self.shape.numel()
         boxes = (self.master.grad[:, :cut], self.master.grad[:, cut:])
         for begin, place, count in runs(places):
             first = part.first + begin
             for box, grad in zip(boxes, grads, strict=True):
-                if part.bank in self._written:
+                if add:
                     box[first : first + count] += grad[place : place + count]
                 else:
                     box[first : first + count] = grad[place : place + count]
-        self._written.add(part.bank)
 
     def add_rows(self, part: Owned, experts: Sequence[int], rows: Tensor) -> None:
         """Add whole rows (n, L) to those of a bank's experts, one after the other; the bank's own come before."""
