@@ -2,8 +2,9 @@
 alone, and against the layer that one writes with `all_to_all_single` and `F.grouped_mm`.
 
 Forked gloo ranks with one thread each, the same weights, tokens and choices on both sides; outputs and gradients are
-compared before anything is timed. DeepSpeed's layer joins where it is installed; its gate chooses for itself, so its
-routing is another. Results: bench/results/expert_parallel.md.
+compared before anything is timed. Balanced tokens choose by a softmax gate, skewed ones are told. DeepSpeed's layer
+joins where it is installed and tokens choose: it has no way to be told. Its time includes its gate; outputs are
+compared too. Results: bench/results/expert_parallel.md.
 
     python bench/expert_parallel.py [--rounds 15] [--shapes 0 1] [--dtypes float32 bfloat16]
 """
@@ -35,8 +36,8 @@ RANKS = 2
 SHAPES = [(256, 512, 16, 2, 1024), (512, 1024, 8, 2, 2048)]
 """D, F, E, K, T of each rank."""
 TINY = (32, 32, 4, 2, 64)
-SKEW = {"balanced": 0.0, "skewed": 1.0}
-"""Expert e is drawn in proportion to 1 / (1 + e) ** skew: the first rank has the popular half."""
+SKEW = {"balanced": None, "skewed": 1.0}
+"""Expert e is drawn in proportion to 1 / (1 + e) ** skew: the first rank has the popular half. None: a gate chooses."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference over the largest value."""
 PASSES = 3
@@ -63,7 +64,7 @@ class Found:
 class Problem:
     """This rank's tokens and experts."""
 
-    def __init__(self, shape: tuple[int, ...], skew: float, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], skew: float | None, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         D, F, E, K, T = shape
         weights = torch.Generator().manual_seed(0)
@@ -74,9 +75,16 @@ class Problem:
         tokens = torch.Generator().manual_seed(1 + rank)
         self.x = torch.randn(T, D, generator=tokens).to(dtype)
         self.grad = torch.randn(T, D, generator=tokens).to(dtype)
-        popularity = (1.0 + torch.arange(E)) ** -skew
-        self.experts = popularity.expand(T, -1).multinomial(K, generator=tokens)
-        self.gates = torch.rand(T, K, generator=tokens)
+        gate = torch.randn(E, D, generator=weights) * D**-0.5
+        self.gate = gate if skew is None else None
+        """With which tokens choose, if they do."""
+        if skew is None:
+            likely, self.experts = (self.x.float() @ gate.T).softmax(-1).topk(K)
+            self.gates = likely / likely.sum(-1, keepdim=True)
+        else:
+            popularity = (1.0 + torch.arange(E)) ** -skew
+            self.experts = popularity.expand(T, -1).multinomial(K, generator=tokens)
+            self.gates = torch.rand(T, K, generator=tokens)
         counts = self.experts.flatten().bincount(minlength=E)
         dist.all_reduce(counts)
         self.counts = counts[mine].clone()
@@ -139,34 +147,42 @@ class Problem:
 
         return once
 
-    def deepspeed(self) -> Callable[[], object]:
-        D, F, E, K, _ = self.shape
-        layer = deepspeed_layer(D, F, E, K, RANKS, self.w1, self.w2).to(self.dtype)
+    def deepspeed(self, gate: Tensor) -> Callable[[], Tensor]:
+        """Its layer, forward and backward; gives the output."""
+        K = self.shape[3]
+        layer = deepspeed_layer(gate, K, RANKS, self.w1, self.w2).to(self.dtype)
 
-        def once() -> object:
+        def once() -> Tensor:
             layer.zero_grad()
             x = self.x.detach().requires_grad_()
-            layer(x)[0].backward(self.grad)
-            return x.grad
+            y = layer(x)[0]
+            y.backward(self.grad)
+            return y.detach()
 
         return once
 
     def compare(self, ours: Found, theirs: Found) -> None:
         for field in fields(Found):
-            mine, other = getattr(ours, field.name).float(), getattr(theirs, field.name).float()
-            error = ((mine - other).abs().max() / mine.abs().max()).item()
-            if error > TOLERANCE[self.dtype]:
-                raise ValueError(f"{field.name}: differs by {error:.2e}; no times for different functions")
+            self.compare_values(field.name, getattr(ours, field.name), getattr(theirs, field.name))
+
+    def compare_values(self, name: str, ours: Tensor, theirs: Tensor) -> None:
+        error = ((ours.float() - theirs.float()).abs().max() / ours.float().abs().max()).item()
+        if not error <= TOLERANCE[self.dtype]:
+            raise ValueError(f"{name}: differs by {error:.2e}; no times for different functions")
 
 
-def measured(shape: tuple[int, ...], skew: float, dtype: torch.dtype, rounds: int) -> tuple[Timings, int]:
+def measured(
+    shape: tuple[int, ...], skew: float | None, dtype: torch.dtype, rounds: int
+) -> tuple[Timings, int]:
     """On one rank: times of all candidates, each from a common start to the end of the last rank; and rows here."""
     problem = Problem(shape, skew, dtype)
     ours, peer = problem.ours(), problem.peer()
-    problem.compare(ours(), peer())
+    seen = ours()
+    problem.compare(seen, peer())
     calls: dict[str, Callable[[], object]] = {ALONE: problem.alone(), OURS: ours, PEER: peer}
-    if find_spec("deepspeed"):
-        calls[DEEPSPEED] = problem.deepspeed()
+    if find_spec("deepspeed") and problem.gate is not None:
+        calls[DEEPSPEED] = theirs = problem.deepspeed(problem.gate)
+        problem.compare_values(DEEPSPEED, seen.y, theirs())
 
     def together(call: Callable[[], object]) -> Callable[[], object]:
         return lambda: (call(), dist.barrier())
@@ -175,7 +191,7 @@ def measured(shape: tuple[int, ...], skew: float, dtype: torch.dtype, rounds: in
     return timings, int(problem.counts.sum())
 
 
-def peak_of(name: str, shape: tuple[int, ...], skew: float, dtype: torch.dtype) -> int:
+def peak_of(name: str, shape: tuple[int, ...], skew: float | None, dtype: torch.dtype) -> int:
     """Bytes that a fresh process takes at most beyond weights and inputs, in a few passes."""
 
     def made(shape: tuple[int, ...]) -> Callable[[], object]:

@@ -161,18 +161,23 @@ class _Exchange(torch.autograd.Function):
 
 
 def deepspeed_layer(
-    D: int, F: int, E: int, K: int, ranks: int, w1: Float[Tensor, "M 2 F D"], w2: Float[Tensor, "M D F"]
+    gate: Float[Tensor, "E D"], K: int, ranks: int, w1: Float[Tensor, "M 2 F D"], w2: Float[Tensor, "M D F"]
 ) -> nn.Module:
-    """DeepSpeed's MoE layer over the ranks of the default group, without dropping tokens. Its gate is its own."""
+    """DeepSpeed's MoE layer over the ranks of the default group: softmax gate, the best K, no tokens dropped."""
     import deepspeed  # type: ignore[import-not-found]
     from deepspeed.moe.layer import MoE  # type: ignore[import-not-found]
 
-    deepspeed.init_distributed(dist_backend="gloo")
-    layer = MoE(D, _SwiGLU(D, F), num_experts=E, ep_size=ranks, k=K, drop_tokens=False, use_rts=False)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    experts, width, hidden = *gate.shape, w2.shape[2]
+    whole = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
+    layer = MoE(width, _SwiGLU(width, hidden), num_experts=experts, ep_size=ranks, k=K, **whole)
+    layer.set_deepspeed_parallelism()
     with torch.no_grad():
-        for index, expert in enumerate(module for module in layer.modules() if isinstance(module, _SwiGLU)):
-            expert.w1.copy_(w1[index].flatten(0, 1))
-            expert.w2.copy_(w2[index])
+        layer.deepspeed_moe.gate.wg.weight.copy_(gate)
+        mine = [module for name, module in layer.named_modules() if isinstance(module, _SwiGLU)]
+        for expert, first, second in zip(mine, w1, w2, strict=True):
+            expert.w1.copy_(first.flatten(0, 1))
+            expert.w2.copy_(second)
     return layer
 
 
