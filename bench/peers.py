@@ -174,7 +174,7 @@ def deepspeed_layer(
     layer.set_deepspeed_parallelism()
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(gate)
-        mine = [module for name, module in layer.named_modules() if isinstance(module, _SwiGLU)]
+        mine = [module for module in layer.modules() if isinstance(module, _SwiGLU)]
         for expert, first, second in zip(mine, w1, w2, strict=True):
             expert.w1.copy_(first.flatten(0, 1))
             expert.w2.copy_(second)

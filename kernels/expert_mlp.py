@@ -189,16 +189,13 @@ def _expert_rows_backward_into(
     add: bool,
 ) -> Tensor:
     """The gradient of x; those of w1 and w2 are written, or added."""
-    module, boxes = _engine(backend, x, w1, w2), (grad_w1, grad_w2)
-    if hidden.shape[0] == 0:
-        for box in () if add else boxes:
-            box.zero_()
-        return torch.zeros_like(x)
-    given = (grad.contiguous(), x, w1, w2, hidden, counts, None, kind, backend)
-    if module is _Cpp and grad_w1.dtype == accumulation_dtype(x.dtype):
-        return _Cpp.backward(*given, into=(grad_w1, grad_w2, add))[0]
-    grad_x, *found, _ = module.backward(*given)
-    for box, part in zip(boxes, found, strict=True):
+    given = (x, w1, w2, hidden, counts)
+    writes = grad_w1.dtype == accumulation_dtype(x.dtype) and _engine(backend, x, w1, w2) is _Cpp
+    if writes and hidden.shape[0]:
+        into = (grad_w1, grad_w2, add)
+        return _Cpp.backward(grad.contiguous(), *given, None, kind, backend, into=into)[0]
+    grad_x, *found, _ = _expert_mlp_backward(grad, *given, *(None,) * 6, kind, backend)
+    for box, part in zip((grad_w1, grad_w2), found, strict=True):
         if add:
             box += part
         else:

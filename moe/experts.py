@@ -86,5 +86,12 @@ class Experts(nn.Module):
         self, weights: Weights, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
     ) -> Float[Tensor, "N D"]:
         """The same with weights at hand."""
-        own = {"kind": self.kind, "backend": self.backend, "into": weights.into}
-        return expert_rows(rows, weights.w1, weights.w2, counts, **own)
+        return expert_rows(
+            rows,
+            weights.w1,
+            weights.w2,
+            counts,
+            kind=self.kind,
+            backend=self.backend,
+            into=weights.into,
+        )

@@ -198,12 +198,10 @@ class SlotTable(nn.Module):
 
     def settle(self) -> None:
         """Zero the gradient of banks that got none."""
-        if self.master.grad is None:
-            self.master.grad, self._written = torch.empty_like(self.master), set()
         for part in self.owned.values():
-            if part.bank not in self._written:
+            if not self._touch(part):
+                assert self.master.grad is not None
                 self.master.grad[part.first : part.first + len(part.experts)] = 0
-        self._written = set(self.owned)
 
 
 class Slots(nn.ModuleList):
