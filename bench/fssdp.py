@@ -11,7 +11,6 @@ Dims: T tokens of a rank, D width, F hidden width, E experts, K experts per toke
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from expert_memory import ExpertMemory
-from fssdp_table import ABOUT, AGAIN, ALONE, AUTO, EVERYWHERE, HECATE, Found, section
+from fssdp_table import ABOUT, AGAIN, ALONE, AUTO, BALANCED, EVERYWHERE, HECATE, Found, section
 from timing import interleave, write_result
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -43,11 +42,10 @@ from moesaic.parallel.spawn import run_ranks
 from moesaic.parallel.traffic import Meter
 from moesaic.train.device import tune_host
 
-SHAPES = {"wide": (512, 1024, 8, 2, 2048), "fine": (512, 256, 64, 8, 2048), "quick": (64, 64, 8, 2, 256)}
+SHAPES = {"wide": (512, 1024, 8, 2, 4096), "fine": (512, 256, 64, 8, 4096), "quick": (64, 64, 8, 2, 256)}
 """D, F, E, K, T of each rank."""
 SKEWS = (1.0, 1.5, 1.8)
-"""Rows of the first rank over the mean, where every rank has the experts that it owns. Balance comes first: the part
-of a step that no plan changes is taken from there."""
+"""Rows of the first rank over the mean, where every rank has the experts that it owns."""
 DEPTH = 4
 """Layers, each with a bank of its own, and a dense projection before it."""
 WITHIN = 4.0
@@ -127,9 +125,7 @@ class Trial:
         groups = [{"params": parameters} for parameters in cut.values()]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
         self.meter = Meter(model, self.ranks, micro_batches=1, dtype=torch.float32)
-        began = time.perf_counter()
-        self.costs = self._replan(AutoConfig(), None).costs
-        self.seconds_measuring = time.perf_counter() - began
+        self.costs: dict[str, Costs] = {}
         D, T = shape[0], shape[-1]
         tokens = torch.Generator().manual_seed(100 + self.ranks.rank)
         self.x, self.grad = (torch.randn(T, D, generator=tokens) for _ in range(2))
@@ -212,21 +208,25 @@ class Trial:
                     )
 
     def run(self, skew: float, rounds: int) -> dict[str, Found]:
-        candidates, routings = self.candidates(), self.draw(skew)
-        self.compare(candidates, routings)
+        """All candidates under one skew, and beside them a step of expert parallelism on balanced routings."""
+        self.costs = self._replan(AutoConfig(), None).costs
+        candidates, drawn = self.candidates(), self.draw(skew)
+        routings = dict.fromkeys(candidates, drawn)
+        self.compare(candidates, drawn)
+        candidates[BALANCED], routings[BALANCED] = self.candidates()[ALONE], self.draw(1.0)
         watched = {}
         for name, candidate in candidates.items():
-            self.step(candidate, routings[2])
+            self.step(candidate, routings[name][2])
             self.meter.reset()
-            predicted = self.predicted(candidate, routings[3])
+            predicted = self.predicted(candidate, routings[name][3])
             with ExpertMemory(self.slots, self.optimizer) as memory:
-                self.step(candidate, routings[3])
+                self.step(candidate, routings[name][3])
             traffic = self.meter.collect()
             assert traffic is not None
             watched[name] = traffic, memory.peak, predicted
             candidate.busy.clear()
 
-        def call(candidate: Candidate):
+        def call(candidate: Candidate, routings: list[list[Routing]]):
             def once() -> None:
                 self.step(candidate, routings[candidate.steps % DRAWS])
                 candidate.steps += 1
@@ -234,7 +234,7 @@ class Trial:
 
             return once
 
-        calls = {name: call(candidate) for name, candidate in candidates.items()}
+        calls = {name: call(candidate, routings[name]) for name, candidate in candidates.items()}
         timings = interleave(calls, rounds=rounds, warmup=1)
         found = {}
         for name, (traffic, peak, predicted) in watched.items():
@@ -282,29 +282,21 @@ def choose(chances: np.ndarray, tokens: int, k: int, source: torch.Generator) ->
     return torch.searchsorted(ends, marks).clamp(max=len(chances) - 1)
 
 
-def on_a_rank(shape: tuple[int, ...], rounds: int) -> tuple[list[dict[str, Found]], Costs, float]:
+def on_a_rank(shape: tuple[int, ...], rounds: int) -> list[tuple[dict[str, Found], Costs]]:
     trial = Trial(shape)
-    found = [trial.run(skew, rounds) for skew in SKEWS]
-    return found, next(iter(trial.costs.values())), trial.seconds_measuring
+    return [(trial.run(skew, rounds), next(iter(trial.costs.values()))) for skew in SKEWS]
 
 
 def measured(name: str, ranks: int, rounds: int) -> str:
     """All skews of one shape."""
     shape = SHAPES[name]
-    results = run_ranks(lambda: on_a_rank(shape, rounds), ranks, timeout=3600)
-    of_ranks, costs, measuring = [found for found, _, _ in results], results[0][1], results[0][2]
+    results = run_ranks(lambda: on_a_rank(shape, rounds), ranks, timeout=7200)
     D, F, E, K, T = shape
-    lines = [
-        f"## D {D}, F {F}, E {E}, K {K}, T {T} per rank, {DEPTH} layers, {ranks} ranks",
-        f"Costs, measured in {measuring:.1f} s: a row {costs.row / 1e6:.2f} us, an expert {costs.expert / 1e6:.0f} us, "
-        f"a trip of a row {costs.row_near / 1e6:.2f} us, a copy {costs.copy_near / 1e9:.2f} ms, its gradient "
-        f"{costs.grad_near / 1e9:.2f} ms, a message {costs.message / 1e6:.0f} us.",
-    ]
-    balanced = of_ranks[0][0][ALONE]
-    fixed = statistics.median(balanced.seconds) - balanced.predicted
+    lines = [f"## D {D}, F {F}, E {E}, K {K}, T {T} per rank, {DEPTH} layers, {ranks} ranks"]
     for number, skew in enumerate(SKEWS):
-        lines.append(section(skew, [found[number] for found in of_ranks], fixed))
-        print("\n\n".join(lines if number == 0 else lines[-1:]), "\n", flush=True)
+        found, costs = [of_rank[number][0] for of_rank in results], results[0][number][1]
+        lines.append(section(skew, found, costs))
+    print("\n\n".join(lines), "\n", flush=True)
     return "\n\n".join(lines)
 
 

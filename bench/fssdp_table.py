@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from timing import Timings, table
 
+from moesaic.parallel.costs import Costs
 from moesaic.parallel.traffic import StepTraffic
 
 ALONE, EVERYWHERE, AUTO, AGAIN, HECATE = (
@@ -16,6 +17,8 @@ ALONE, EVERYWHERE, AUTO, AGAIN, HECATE = (
     "auto, rematerialize",
     "hecate",
 )
+BALANCED = "expert_parallel, balanced"
+"""A step that no plan could improve, in the same rounds."""
 GOALS = {1.0: 0.98, 1.5: 1.35, 1.8: 1.60}
 """How much faster than expert parallelism `auto` should be."""
 CLEAR = 0.03
@@ -25,7 +28,8 @@ the next plan. `speed-up`: expert_parallel's time over the plan's, formed in eac
 processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
 `copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
 gradients, optimizer state, matrices and copies of experts on one rank at their peak. `predicted`: the cost model, with
-prices measured before, plus what a balanced step of expert_parallel takes beyond its prediction."""
+prices measured just before, plus what a balanced step of expert_parallel, in the same rounds, takes beyond its
+prediction."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class Found:
     """Seconds of all banks together, by the cost model."""
 
 
-def section(skew: float, found: Sequence[dict[str, Found]], fixed: float) -> str:
-    """One table: a row per plan. `fixed`: seconds of a step that no plan changes."""
+def section(skew: float, found: Sequence[dict[str, Found]], costs: Costs) -> str:
+    """One table: a row per plan."""
+    balanced = found[0][BALANCED]
+    fixed = statistics.median(balanced.seconds) - balanced.predicted
+    found = [{name: one for name, one in of_rank.items() if name != BALANCED} for of_rank in found]
     first = found[0]
     timings = Timings({name: one.seconds for name, one in first.items()}, 1)
     busy = {
@@ -70,7 +77,14 @@ def section(skew: float, found: Sequence[dict[str, Found]], fixed: float) -> str
         )
     header = ["", "ms", "speed-up", "by processor", "rows max/mean", "copies"]
     header += ["MiB rows", "MiB copies", "MiB gradients", "experts MiB", "predicted ms"]
-    text = [f"### max/mean {skew}", table(header, lines), verdict(skew, timings, first, fixed, memory)]
+    prices = (
+        f"Prices: a row {costs.row / 1e6:.2f} us, an expert {costs.expert / 1e6:.0f} us, a trip of a row "
+        f"{costs.row_near / 1e6:.2f} us, a copy {costs.copy_near / 1e9:.2f} ms, its gradient "
+        f"{costs.grad_near / 1e9:.2f} ms, a message {costs.message / 1e6:.0f} us. A balanced step of expert_parallel "
+        f"took {1e3 * statistics.median(balanced.seconds):.0f} ms."
+    )
+    goals = verdict(skew, timings, first, fixed, memory)
+    text = [f"### max/mean {skew}", prices, table(header, lines), goals]
     return "\n\n".join(text)
 
 

@@ -9,7 +9,7 @@ Dims: T tokens, E experts, K experts per token, R assignments.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moesaic.kernels import native
@@ -32,6 +32,18 @@ class Plan:
     """Assignments of token t are `offsets[t]:offsets[t + 1]`."""
     per_token: int | None
     """K where every token has K assignments."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """How tokens become rows and rows tokens: the tensors of a plan, and the weight of each assignment."""
+
+    gates: Float[Tensor, " R"]
+    tokens: Int[Tensor, " R"]
+    order: Int[Tensor, " R"]
+    where: Int[Tensor, " R"]
+    offsets: Int[Tensor, " T1"]
+    per_token: int | None
 
 
 def plan_choice(experts: Int[Tensor, "T K"], num_experts: int, *, backend: Backend = "auto") -> Plan:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moesaic.kernels.activation import ExpertKind, input_matrices
 from moesaic.kernels.backend import Backend
-from moesaic.kernels.expert_mlp import Into, expert_mlp, expert_rows
+from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.expert_rows import Pieces, expert_rows_in_pieces
 from moesaic.kernels.plan import Plan
 
 
@@ -24,15 +25,13 @@ class Weights:
 
     w1: Float[Tensor, "M G F D"]
     w2: Float[Tensor, "M D F"]
-    into: Into | None = None
-    """Where gradients go, if not through autograd."""
 
 
 @runtime_checkable
 class WeightSource(Protocol):
     """Supplies the weights of the experts that are on this rank."""
 
-    def weights(self, dtype: torch.dtype) -> Weights: ...
+    def weights(self, dtype: torch.dtype) -> Weights | Pieces: ...
 
 
 class Bank(nn.Module):
@@ -76,6 +75,7 @@ class Experts(nn.Module):
     def mix(self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan) -> Float[Tensor, "T D"]:
         """The weighted sum of every token's experts, where all of them are here."""
         weights = self.source.weights(x.dtype)
+        assert isinstance(weights, Weights), "where all experts are here, they are in one piece"
         return expert_mlp(x, gates, weights.w1, weights.w2, plan, kind=self.kind, backend=self.backend)
 
     def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]) -> Float[Tensor, "N D"]:
@@ -83,15 +83,9 @@ class Experts(nn.Module):
         return self.run(self.source.weights(rows.dtype), rows, counts)
 
     def run(
-        self, weights: Weights, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
+        self, weights: Weights | Pieces, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
     ) -> Float[Tensor, "N D"]:
         """The same with weights at hand."""
-        return expert_rows(
-            rows,
-            weights.w1,
-            weights.w2,
-            counts,
-            kind=self.kind,
-            backend=self.backend,
-            into=weights.into,
-        )
+        if isinstance(weights, Weights):
+            return expert_rows(rows, weights.w1, weights.w2, counts, kind=self.kind, backend=self.backend)
+        return expert_rows_in_pieces(rows, weights, counts, kind=self.kind, backend=self.backend)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels.combine import combine_rows, gather_rows
-from moesaic.moe.experts import Experts, Weights
+from moesaic.kernels.expert_rows import Pieces
+from moesaic.moe.experts import Experts
 from moesaic.moe.routing import Plan
 from moesaic.parallel.agree import made_alike
 from moesaic.parallel.banks import BackwardBegins, BackwardNeeds, Gather, Materialized, OwnedBank
@@ -97,7 +98,7 @@ class AllToAll:
         sent = gather_rows(
             x, tokens, where, plan.offsets, per_token=per_token, backend=backend
         )  # (R, D), in order of rounds
-        use = Materialized(self.bank, x.dtype, here, coming)
+        use = Materialized(self.bank, x.dtype, here, coming, freed=self._rematerializes)
         weights = use.weights()
         came_back, aside = [], None
         parts = sent.split([int(turn.send.sum()) for turn in turns])
@@ -124,6 +125,8 @@ class AllToAll:
             aside = aside_now if aside_now is not None else aside
         back = came_back[0] if one_round else torch.cat(came_back)
         y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token, backend=backend)
+        if one_round and not use.freed:
+            use.forget()
         y = self._after(y, use)
         return y if aside is None else y + aside
 
@@ -168,7 +171,7 @@ class AllToAll:
         self,
         sent: Tensor,
         use: Materialized,
-        weights: Weights,
+        weights: Pieces,
         turn: Round,
         order: Tensor,
         counts: Tensor,
@@ -183,7 +186,7 @@ class AllToAll:
         arrived = there.finish(arriving)
         undone = inverse(order)
         out = experts.run(weights, _Reorder.apply(arrived, order, undone), counts)
-        if self._rematerializes:
+        if use.freed:
             out = BackwardNeeds.apply(out, use)
         out = _Reorder.apply(out, undone, order)
         back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
@@ -195,12 +198,10 @@ class AllToAll:
 
     def _after(self, y: Tensor, use: Materialized) -> Tensor:
         """The layer's output, once its forward pass needs no matrices any more."""
-        if self._rematerializes:
+        if use.freed:
             use.release()
-        else:
-            use.forget()
         again = torch._C._current_graph_task_id() != -1  # a backward pass is computing the layer again
-        if again or not (self._rematerializes or (self.recomputed and torch.is_grad_enabled())):
+        if again or not (use.freed or (self.recomputed and torch.is_grad_enabled())):
             return y
         if self.recomputed:
             use.prefetch = lambda: self.prefetch(use.dtype, use.wanted)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from moesaic.moe.experts import Weights
+from moesaic.kernels.expert_rows import Pieces
 from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted
 from moesaic.parallel.placement import Counts, Present, no_copies
 from moesaic.parallel.slots import SlotTable, runs
 
 if TYPE_CHECKING:
     from moesaic.parallel.plans import Planner
+
+
+Place = tuple[Tensor, int]
+"""A row of a tensor."""
 
 
 @dataclass
@@ -169,12 +173,11 @@ class OwnedBank:
         """Changes with the weights."""
         return self.copying.changes, self.table.master._version
 
-    def weights(self, dtype: torch.dtype) -> Weights:
+    def weights(self, dtype: torch.dtype) -> Pieces:
         """All experts that the plan has here, in the compute type."""
         use = Materialized(self, dtype, self.present, self.gather(dtype))
-        weights = use.weights()
         use.fill()
-        return weights
+        return use.weights()
 
     def gather(self, dtype: torch.dtype, wanted: Wanted | None = None) -> Gather:
         """Send for copies; None: the plan's. Where they serve a whole step, they are sent for once."""
@@ -190,40 +193,31 @@ class OwnedBank:
     def rows(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Rows (n, L) of experts that this rank owns."""
         part = self.table.owned[self.name]
-        slots = [part.first + part.experts.index(expert) for expert in experts]
-        master = self.table.master.detach()
-        consecutive = [*runs(slots)]
-        if len(consecutive) == 1:  # as they lie in the table: they have left before an optimizer writes there
-            _, first, count = consecutive[0]
-            return master[first : first + count].to(dtype)
-        return master[slots].to(dtype)
+        number = {expert: number for number, expert in enumerate(part.experts)}
+        places = [number[expert] for expert in experts]
+        # as they lie in the table: they have left before an optimizer writes there
+        return picked(self.table.rows_of(part), places).to(dtype)
 
-    def give_back(self, use: "Materialized", grads: Sequence[Tensor]) -> None:
-        """Gradients of all matrices of a use: (M, ...) each. None where they are in the table already."""
-        flat = [grad.flatten(1) for grad in grads]
-        table = self.table
-        if flat:
-            table.add_gradient(table.owned[self.name], flat, use.own)
+    def give_back(self, use: "Materialized") -> None:
+        """Gradients of copies, to who owns them; those of own experts are where they belong."""
         self.uses = max(0, self.uses - 1)
-        place = {expert: number for number, expert in enumerate(use.experts)}
+        found, use.copied_gradients = use.copied_gradients, None
+        number = {expert: number for number, expert in enumerate(use.copied)}
+        none = self.table.master.new_empty(0, self.table.master.shape[1], dtype=use.dtype)
 
         def rows(experts: Sequence[int]) -> Tensor:
-            leaving = table.master.new_empty(len(experts), table.master.shape[1], dtype=use.dtype)
             if not experts:
-                return leaving
-            boxes = leaving.split([part.shape[1] for part in flat], 1)
-            for begin, first, count in runs([place[expert] for expert in experts]):
-                for box, part in zip(boxes, flat, strict=True):
-                    box[begin : begin + count] = part[first : first + count]
-            return leaving
+                return none
+            assert found is not None
+            return picked(found, [number[expert] for expert in experts])
 
         if self.copying.accumulate == "each":
             self._send(rows, use.wanted)
             return
-        mine = np.flatnonzero(use.wanted[self.rank]).tolist()
+        mine = use.copied
         for expert, row in zip(mine, rows(mine), strict=True):
             held = self.held.get(expert)
-            wide = torch.promote_types(row.dtype, table.master.dtype)
+            wide = torch.promote_types(row.dtype, self.table.master.dtype)
             self.held[expert] = row.to(wide) if held is None else held.add_(row)
         self.held_wanted = self.held_wanted | use.wanted
         if self.copying.last and self.uses == 0:
@@ -254,27 +248,32 @@ class OwnedBank:
 
 
 class Materialized:
-    """One use of a bank by a layer: matrices of all experts that are here, own and copied.
+    """One use of a bank by a layer: all experts that are here, own and copied, where they lie.
 
-    The matrices have memory from `weights` on and values from `fill` on, so that copies may arrive in between. They can
-    be freed, and filled again: autograd has the same tensors then. Where only own experts are here, in the type of the
-    master weights, the matrices are those of the slot table, and their gradients go there without a detour.
+    Own ones are rows of the slot table, in the type of the master weights, or else made from them; copies are rows as
+    they arrived. They are here from `fill` on, so that copies may arrive in between, and may be freed and filled again.
+    Gradients of own experts go into the table; those of copies into rows that are sent as they are.
     """
 
-    def __init__(self, bank: OwnedBank, dtype: torch.dtype, here: Present, coming: Gather) -> None:
-        """`here`: what each rank needs, its own experts included. `coming`: what is already under way."""
-        self.bank, self.dtype = bank, dtype
+    def __init__(
+        self, bank: OwnedBank, dtype: torch.dtype, here: Present, coming: Gather, *, freed: bool = False
+    ) -> None:
+        """`here`: what each rank needs, its own experts included. `coming`: what is already under way. `freed`: whether
+        rows are freed after the forward pass, and come again for the backward pass."""
+        self.bank, self.dtype, self.freed = bank, dtype, freed
         self.wanted: Wanted = here & ~bank.alone
         """Copies that ranks need."""
         self.experts: list[int] = np.flatnonzero(here[bank.rank]).tolist()
         """Ascending."""
-        mine = bank.table.owned[bank.name].experts
-        self.own = [place for place, expert in enumerate(self.experts) if bank.owners[expert] == bank.rank]
-        assert len(self.own) == len(mine), "a rank has all experts that it owns"
-        self.in_place = dtype == bank.table.master.dtype and len(self.own) == len(self.experts)
-        self.filled, self.sizes = False, []
-        self.matrices: tuple[Tensor, ...] | None = ()
-        """What is filled and freed; None once this use has let go of it."""
+        self.copied = sorted(
+            np.flatnonzero(self.wanted[bank.rank]).tolist(), key=lambda expert: (bank.owners[expert], expert)
+        )
+        """Experts of others that are here, in the order in which their gradients leave."""
+        self.copied_gradients: Tensor | None = None
+        """Rows, in that order."""
+        own = len(bank.table.owned[bank.name].experts)
+        assert own + len(self.copied) == len(self.experts), "a rank has all experts that it owns"
+        self.filled, self._rows, self._spare = False, [], []
         self.gathers = [coming] if coming.serves(dtype) else []
         missing = self.wanted & ~coming.wanted if self.gathers else self.wanted
         if missing.any():
@@ -283,74 +282,70 @@ class Materialized:
         self.prefetch: Callable[[], None] | None = None
         """Where the layer is computed again: sends for the copies that it will need."""
 
-    def weights(self) -> Weights:
-        """The matrices; a gradient goes back to where each came from. Not to be read before `fill`."""
+    def weights(self) -> Pieces:
+        """For the experts' op."""
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.bank.uses += 1  # else a backward pass is computing the layer again
-        w1, w2 = _Materialize.apply(self.bank.table.master, self)  # type: ignore[misc]
+        return Pieces(self, _Materialize.apply(self.bank.table.master, self))  # type: ignore[arg-type]
+
+    def rows(self) -> list[Tensor]:
+        """All experts, once `fill` has been called: rows (n, L), which together are `experts` in order."""
+        assert self.filled, "experts are read before they are here"
+        return self._rows
+
+    def gradients(self) -> tuple[list[Tensor], list[bool]]:
+        """Where the gradients of all experts belong, likewise, and whether to add to what is there."""
         table = self.bank.table
-        trained = self.in_place and table.master.requires_grad
-        into = partial(table.gradient_of, table.owned[self.bank.name]) if trained else None
-        return Weights(w1, w2, into)
+        part = table.owned[self.bank.name]
+        own, add = table.gradient_of(part)
+        add_copies = self.copied_gradients is not None
+        if self.freed and not add_copies:  # to save memory: no gradients of two layers at once
+            self.bank.copying.finish()
+        if self.copied_gradients is None:
+            self.copied_gradients = own.new_empty(len(self.copied), own.shape[1], dtype=self.dtype)
+        lie = _places(own, part.experts) | _places(self.copied_gradients, self.copied)
+        found = self._joined(lie)
+        return [rows for rows, _ in found], [add if mine else add_copies for _, mine in found]
 
-    def allocate(self) -> tuple[Tensor, Tensor]:
-        table, count = self.bank.table, len(self.experts)
-        if self.in_place:
-            first = table.owned[self.bank.name].first
-            w1, w2 = table.matrices(table.master.data[first : first + count])
-            return w1.data, w2.data  # no views, to autograd
-        like = table.master.detach()
-        made = (
-            like.new_empty(count, *table.shape, dtype=self.dtype),
-            like.new_empty(count, *table.out, dtype=self.dtype),
-        )
-        # without a version: filling is none of autograd's business
-        self.matrices = tuple(matrix.data for matrix in made)
-        self.sizes = [matrix.untyped_storage().nbytes() for matrix in made]
-        return made
-
-    @torch.no_grad()
     def fill(self) -> None:
-        """Give the matrices their values, once copies are here; nothing where they have them."""
+        """Have all experts here, once copies have come; nothing where they are."""
         if self.filled:
             return
-        assert self.matrices is not None
-        for matrix, size in zip(self.matrices, self.sizes, strict=True):
-            if matrix.untyped_storage().nbytes() != size:
-                matrix.untyped_storage().resize_(size)
-        if self.bank.copying.poison:
-            for matrix in self.matrices:
-                matrix.fill_(torch.nan)
-        if not self.in_place:
-            part = self.bank.table.owned[self.bank.name]
-            self._put(self.own, self.bank.table.master[part.first : part.first + len(part.experts)])
-        place = {expert: number for number, expert in enumerate(self.experts)}
+        table = self.bank.table
+        part = table.owned[self.bank.name]
+        own = table.rows_of(part).to(self.dtype)
+        lie = _places(own, part.experts)
+        self._spare = [own] if own.dtype != table.master.dtype else []
         if self.stale is not None:
             self.stale.finish()
         for gather in self.gathers:
             arrived = gather.finish()
-            if arrived is None:
-                continue
-            for expert, row in zip(arrived.experts, arrived.rows, strict=True):
-                if expert in place:
-                    self._put([place[expert]], row[None])
+            if arrived is not None:
+                lie |= _places(arrived.rows, arrived.experts)
+                self._spare += [] if gather is self.bank.kept else [arrived.rows]
+        self._rows = [rows for rows, _ in self._joined(lie)]
         self.gathers, self.stale, self.filled = [], None, True
 
-    def _put(self, places: list[int], rows: Tensor) -> None:
-        assert self.matrices is not None
-        cut = self.bank.table.shape.numel()
-        for matrix, part in zip(self.matrices, (rows[:, :cut], rows[:, cut:]), strict=True):
-            for begin, place, count in runs(places):
-                matrix.flatten(1)[place : place + count] = part[begin : begin + count]
+    def _joined(self, lie: dict[int, Place]) -> list[tuple[Tensor, bool]]:
+        """The rows of all experts, and whether they are own ones. These are joined where they are next to each other;
+        copies come alone, however they arrived: a layer that is computed again must find as many pieces."""
+        bank, found = self.bank, []
+        for owned, group in groupby(self.experts, key=lambda expert: bank.owners[expert] == bank.rank):
+            places = [lie[expert] for expert in group]
+            (table, first), many = places[0], len(places)
+            found += (
+                [(table[first : first + many], True)]
+                if owned
+                else [(rows[number : number + 1], False) for rows, number in places]
+            )
+        return found
 
     def release(self) -> None:
-        """Free the matrices. `regather` and `fill` bring them back."""
-        for matrix in self.matrices or ():
-            if self.bank.copying.poison:
-                matrix.fill_(torch.nan)
-            else:
-                matrix.untyped_storage().resize_(0)
-        self.filled = False
+        """Free the rows. `regather` and `fill` bring them back."""
+        if self.bank.copying.poison:
+            for rows in self._spare:
+                rows.fill_(torch.nan)
+        self._rows, self._spare, self.filled = [], [], False
 
     def regather(self) -> None:
         """Send for the copies again, for the backward pass."""
@@ -360,25 +355,39 @@ class Materialized:
             self.gathers = [Gather(self.bank, self.dtype, self.wanted)]
 
     def forget(self) -> None:
-        """Let go of the matrices; autograd keeps them where it needs them."""
-        self.matrices = None
+        """Let go of the rows; autograd keeps them where it needs them."""
+        self._rows, self._spare = [], []
+
+
+def picked(rows: Tensor, places: Sequence[int]) -> Tensor:
+    """Rows at these places, in this order: as they lie, where they are consecutive."""
+    consecutive = [*runs(places)]
+    if len(consecutive) == 1:
+        _, first, count = consecutive[0]
+        return rows[first : first + count]
+    return rows[list(places)]
+
+
+def _places(rows: Tensor, experts: Sequence[int]) -> dict[int, Place]:
+    """Where experts lie, of which each row has one."""
+    return {expert: (rows, number) for number, expert in enumerate(experts)}
 
 
 class _Materialize(torch.autograd.Function):
-    """Matrices out of the slot table and out of other ranks'; their gradients go there in place."""
+    """An empty tensor that stands for all experts of a use: when its gradient comes, theirs have been computed."""
 
     @staticmethod
-    def forward(ctx: Any, master: Tensor, use: Materialized) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, master: Tensor, use: Materialized) -> Tensor:
         ctx.use = use
         ctx.set_materialize_grads(False)
-        return use.allocate()
+        return master.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         use: Materialized = ctx.use
-        if use.matrices is not None:
+        if use.freed:
             use.release()
-        use.bank.give_back(use, [grad for grad in grads if grad is not None])
+        use.bank.give_back(use)
         return None, None
 
 

@@ -151,38 +151,18 @@ class SlotTable(nn.Module):
         cut = self.shape.numel()
         return [tensor[:, :cut].unflatten(1, self.shape), tensor[:, cut:].unflatten(1, self.out)]
 
-    def gradient_of(self, part: Owned) -> tuple[Tensor, Tensor, bool]:
-        """Where gradients of a bank's matrices belong, as views, and whether to add to what is there. See `settle`."""
-        add = self._touch(part)
-        assert self.master.grad is not None
-        w1, w2 = self.matrices(self.master.grad[part.first : part.first + len(part.experts)])
-        return w1, w2, add
+    def rows_of(self, part: Owned) -> Tensor:
+        """Weights of a bank's experts that are here, a row each, as a view."""
+        return self.master.detach()[part.first : part.first + len(part.experts)]
 
-    def _touch(self, part: Owned) -> bool:
-        """Make room for gradients of a bank; whether there are some already."""
+    def gradient_of(self, part: Owned) -> tuple[Tensor, bool]:
+        """Where their gradients belong, as a view, and whether there are some already, to add to; if not, they are to
+        be written. See `settle`."""
         if self.master.grad is None:
             self.master.grad, self._written = torch.empty_like(self.master), set()
         before = part.bank in self._written
         self._written.add(part.bank)
-        return before
-
-    def add_gradient(self, part: Owned, grads: Sequence[Tensor], places: Sequence[int]) -> None:
-        """Add to a bank's rows; the first time after the gradient was cleared, write them. See `settle`.
-
-        `grads` are (M, ...) of w1 and w2, flat but for the first dim; row `places[i]` belongs to the bank's i-th expert
-        that is here.
-        """
-        add = self._touch(part)
-        assert self.master.grad is not None
-        cut = self.shape.numel()
-        boxes = (self.master.grad[:, :cut], self.master.grad[:, cut:])
-        for begin, place, count in runs(places):
-            first = part.first + begin
-            for box, grad in zip(boxes, grads, strict=True):
-                if add:
-                    box[first : first + count] += grad[place : place + count]
-                else:
-                    box[first : first + count] = grad[place : place + count]
+        return self.master.grad[part.first : part.first + len(part.experts)], before
 
     def add_rows(self, part: Owned, experts: Sequence[int], rows: Tensor) -> None:
         """Add whole rows (n, L) to those of a bank's experts, one after the other; the bank's own come before."""
@@ -199,9 +179,9 @@ class SlotTable(nn.Module):
     def settle(self) -> None:
         """Zero the gradient of banks that got none."""
         for part in self.owned.values():
-            if not self._touch(part):
-                assert self.master.grad is not None
-                self.master.grad[part.first : part.first + len(part.experts)] = 0
+            rows, written = self.gradient_of(part)
+            if not written:
+                rows.zero_()
 
 
 class Slots(nn.ModuleList):

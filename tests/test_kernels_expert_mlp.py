@@ -181,46 +181,6 @@ def test_most_experts_are_empty(engine: str, many: int) -> None:
     check(make_case((3, 8, 8, many, 2), "swiglu", torch.float32, experts), "swiglu", torch.float32, engine)
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 9, 2], [0, 0, 0, 0]])
-def test_gradients_of_matrices_are_written_where_they_belong(engine: str, counts: list[int]) -> None:
-    """Matrices and gradients are rows of one table, as slot tables have them; a second pass adds."""
-    device, rows, (e, g, f, d) = device_of(engine), sum(counts), (len(counts), 2, 24, 16)
-    torch.manual_seed(0)
-    table = torch.randn(e, g * f * d + d * f, device=device) / 4
-
-    def cut(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows[:, : g * f * d].unflatten(1, (g, f, d)), rows[:, g * f * d :].unflatten(1, (d, f))
-
-    x, grad = torch.randn(rows, d, device=device), torch.randn(rows, d, device=device)
-    held = torch.tensor(counts, device=device)
-    plain = [t.contiguous().requires_grad_() for t in (x, *cut(table))]
-    settings: dict[str, Any] = {"kind": "swiglu", "backend": backend_of(engine)}
-    y = expert_rows(plain[0], plain[1], plain[2], held, **settings)
-    want = torch.autograd.grad(y, plain, grad)
-
-    found = torch.full_like(table, torch.nan)
-    passes: list[bool] = []
-
-    def into() -> tuple[Tensor, Tensor, bool]:
-        passes.append(bool(passes))
-        return *cut(found), passes[-1]
-
-    leaves = [x.requires_grad_(), *(t.data.requires_grad_() for t in cut(table))]
-    w1, w2 = (leaf.view_as(leaf) for leaf in leaves[1:])  # out of an operation
-    got = expert_rows(leaves[0], w1, w2, held, **settings, into=into)
-    assert torch.equal(got, y)
-    (alone,) = torch.autograd.grad(got, leaves[:1], grad, retain_graph=True)
-    assert torch.equal(alone, want[0])
-    assert not passes, "nobody asked for gradients of matrices"
-    for times in (1, 2):
-        back = torch.autograd.grad(got, leaves, grad, retain_graph=True, allow_unused=True)
-        assert torch.equal(back[0], want[0])
-        assert back[1:] == (None, None)
-        for ours, theirs in zip(cut(found), want[1:], strict=True):
-            assert largest_error(ours.double(), times * theirs.double()) < TOLERANCE[torch.float32]
-        assert len(passes) == times
-
-
 def test_every_number_is_written(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all new memory full of NaN, and integers out of range."""
     empty = torch.Tensor.new_empty

@@ -87,12 +87,10 @@ inline std::vector<Segment> segments_of(const int64_t* counts, int64_t experts, 
 // What both directions are given. Without `tokens` the rows lie in order, there are no gates, and nothing is summed.
 template <class T> struct Experts {
     Gemm<T> gemm;
-    const T *w1, *w2;
+    const T *const *w1, *const *w2;  // of each expert
     const int64_t *counts, *tokens, *order, *where, *offsets;
     const T* gates;
     int64_t num_tokens, num_rows, experts, dim, width, inputs, target;  // inputs: into the non-linearity
-    int64_t w1_stride, w2_stride, grad_w1_stride, grad_w2_stride;        // from one expert's matrix to the next one's
-    int64_t add;                                                        // whether to add to gradients of matrices
     int64_t threads;
 
     int64_t most() const { return round_up(target + target / 2 + 8, 16); }
@@ -140,13 +138,13 @@ void forward(const Experts<T>& given, const T* x, S* hidden, T* rows, T* y, T* m
             T* h = before;
             if constexpr (same) h = hidden ? hidden + s.first * inputs : before;
             given.product(false, true, s.rows, inputs, dim, given.gather(x, s, gathered), dim,
-                          given.w1 + s.expert * given.w1_stride, dim, h);
+                          given.w1[s.expert], dim, h);
             for (int64_t r = 0; r < s.rows; ++r) {
                 if constexpr (!same)
                     if (hidden) narrow(h + r * inputs, hidden + (s.first + r) * inputs, inputs);
                 activate_row<Kind>(h + r * inputs, active + r * width, width);
             }
-            given.product(false, true, s.rows, dim, width, active, width, given.w2 + s.expert * given.w2_stride, width,
+            given.product(false, true, s.rows, dim, width, active, width, given.w2[s.expert], width,
                           rows + s.first * dim);
         }
         if (given.tokens) {
@@ -159,12 +157,13 @@ void forward(const Experts<T>& given, const T* x, S* hidden, T* rows, T* y, T* m
 }
 
 // Adds a segment's part to rows [first, first + size) of the gradient of w1 (`grads` are those of the hidden layer, `rows`
-// the tokens) or of w2 (those of the output, and the gated activation): (out, in) += grads^T rows. `out` is the expert's.
+// the tokens) or of w2 (those of the output, and the gated activation): (out, in) += grads^T rows. `out` is the expert's; an
+// expert's first segment writes where nothing is to be added to.
 template <class T>
 void outer(const Experts<T>& given, const Segment& s, const T* grads, const T* rows, int64_t outputs, int64_t inputs,
-           int64_t first, int64_t size, T* out) {
+           int64_t first, int64_t size, bool add, T* out) {
     given.product(true, false, size, inputs, s.rows, grads + first, outputs, rows, inputs, out + first * inputs,
-                  given.add || s.turn > 0);
+                  add || s.turn > 0);
 }
 
 // One slice of one expert's weight gradient.
@@ -204,8 +203,8 @@ inline void take_turns(std::vector<Segment>& segments, int64_t threads) {
 // of the hidden layer and the gated activations of all segments; with it gradients of weights are formed at the end, by
 // slices, which scales to more threads than there are experts. The arithmetic is the same.
 template <class Kind, class T, class S>
-void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidden, T* rows, T* grad_x, T* grad_w1,
-              T* grad_w2, T* grad_gates, T* memory, T* kept) {
+void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidden, T* rows, T* grad_x,
+              T* const* grad_w1, T* const* grad_w2, const int64_t* add, T* grad_gates, T* memory, T* kept) {
     const int64_t dim = given.dim, width = given.width, inputs = given.inputs;
     std::vector<Segment> segments = segments_of(given.counts, given.experts, given.target);
     const std::vector<Slice> slices = slices_of(given.experts, inputs, dim);
@@ -229,8 +228,7 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
             const Segment& s = work[i];
             T* const grad_hidden = kept ? kept + s.slot * inputs : own_hidden;
             T* const active = kept ? kept + slots * inputs + s.slot * width : own_active;
-            const T *const w1 = given.w1 + s.expert * given.w1_stride, *const w2 = given.w2 + s.expert * given.w2_stride;
-            T *const out1 = grad_w1 + s.expert * given.grad_w1_stride, *const out2 = grad_w2 + s.expert * given.grad_w2_stride;
+            const T *const w1 = given.w1[s.expert], *const w2 = given.w2[s.expert];
             const T* const grad_rows = given.gather(grad, s, grads);
             given.product(false, false, s.rows, width, dim, grad_rows, dim, w2, width, active);  // gradient of it, yet
             for (int64_t r = 0; r < s.rows; ++r) {
@@ -251,9 +249,10 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
             while (done[s.expert].load(std::memory_order_acquire) != s.turn) std::this_thread::yield();
             for (const Slice& slice : slices)
                 if (slice.second)
-                    outer(given, s, grad_rows, active, dim, width, slice.first, slice.size, out2);
+                    outer(given, s, grad_rows, active, dim, width, slice.first, slice.size, add[s.expert], grad_w2[s.expert]);
                 else
-                    outer(given, s, grad_hidden, tokens, inputs, dim, slice.first, slice.size, out1);
+                    outer(given, s, grad_hidden, tokens, inputs, dim, slice.first, slice.size, add[s.expert],
+                          grad_w1[s.expert]);
             done[s.expert].store(s.turn + 1, std::memory_order_release);
         }
         if (kept || given.tokens) {
@@ -264,17 +263,17 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
             const int64_t e = task / slices.size();
             const Slice& slice = slices[task % slices.size()];
             const int64_t stride = slice.second ? width : dim;
-            T* const out = slice.second ? grad_w2 + e * given.grad_w2_stride : grad_w1 + e * given.grad_w1_stride;
-            if (!given.counts[e] && !given.add) std::memset(out + slice.first * stride, 0, slice.size * stride * sizeof(T));
+            T* const out = slice.second ? grad_w2[e] : grad_w1[e];
+            if (!given.counts[e] && !add[e]) std::memset(out + slice.first * stride, 0, slice.size * stride * sizeof(T));
             if (!kept) continue;
             for (int64_t i = begins[e]; i < begins[e + 1]; ++i) {
                 const Segment& s = segments[i];
                 if (slice.second)
                     outer(given, s, given.gather(grad, s, grads), kept + slots * inputs + s.slot * width, dim, width,
-                          slice.first, slice.size, out);
+                          slice.first, slice.size, add[e], out);
                 else
                     outer(given, s, kept + s.slot * inputs, given.gather(x, s, gathered), inputs, dim, slice.first,
-                          slice.size, out);
+                          slice.size, add[e], out);
             }
         }
         if (given.tokens) {
@@ -287,34 +286,34 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
 
 // Sizes come in one array, in the order of the struct.
 template <class T>
-Experts<T> experts_of(Gemm<T> gemm, Limit limit, const T* w1, const T* w2, const int64_t* const* plan, const T* gates,
-                      const int64_t* sizes, int64_t threads) {
+Experts<T> experts_of(Gemm<T> gemm, Limit limit, const T* const* w1, const T* const* w2, const int64_t* const* plan,
+                      const T* gates, const int64_t* sizes, int64_t threads) {
     const double work = 2.0 * sizes[1] * sizes[3] * (sizes[4] + sizes[5]);  // of the forward pass
     if (limit) threads = std::min<int64_t>(threads, 1 + static_cast<int64_t>(work / WORK_PER_THREAD));
-    return {gemm,     w1,       w2,       plan[0],  plan[1],  plan[2],  plan[3],  plan[4],  gates,     sizes[0],  sizes[1],
-            sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], threads};
+    return {gemm,     w1,       w2,       plan[0],  plan[1],  plan[2],  plan[3],  plan[4], gates,
+            sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], threads};
 }
 
 #define EXPORT(T, S, NAME)                                                                                               \
     extern "C" void expert_mlp_forward_##NAME(                                                                           \
-        Gemm<T> gemm, Limit limit, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,   \
-        const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates, S* hidden, T* rows, T* y,    \
-        T* memory, const int64_t* sizes, int64_t kind, int64_t threads) {                                                \
+        Gemm<T> gemm, Limit limit, const T* x, const T* const* w1, const T* const* w2, const int64_t* counts,             \
+        const int64_t* tokens, const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates,       \
+        S* hidden, T* rows, T* y, T* memory, const int64_t* sizes, int64_t kind, int64_t threads) {                      \
         const int64_t* plan[] = {counts, tokens, order, where, offsets};                                                 \
         const Experts<T> given = experts_of<T>(gemm, limit, w1, w2, plan, gates, sizes, threads);                        \
         const Alone alone(limit, given.threads);                                                                         \
         with_kind(kind, [&](auto k) { forward<decltype(k)>(given, x, hidden, rows, y, memory); });                       \
     }                                                                                                                    \
     extern "C" void expert_mlp_backward_##NAME(                                                                          \
-        Gemm<T> gemm, Limit limit, const T* x, const T* w1, const T* w2, const int64_t* counts, const int64_t* tokens,   \
-        const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates, const T* grad,               \
-        const S* hidden, T* rows, T* grad_x, T* grad_w1, T* grad_w2, T* grad_gates, T* memory, T* kept,                  \
-        const int64_t* sizes, int64_t kind, int64_t threads) {                                                           \
+        Gemm<T> gemm, Limit limit, const T* x, const T* const* w1, const T* const* w2, const int64_t* counts,             \
+        const int64_t* tokens, const int64_t* order, const int64_t* where, const int64_t* offsets, const T* gates,       \
+        const T* grad, const S* hidden, T* rows, T* grad_x, T* const* grad_w1, T* const* grad_w2, const int64_t* add,    \
+        T* grad_gates, T* memory, T* kept, const int64_t* sizes, int64_t kind, int64_t threads) {                        \
         const int64_t* plan[] = {counts, tokens, order, where, offsets};                                                 \
         const Experts<T> given = experts_of<T>(gemm, limit, w1, w2, plan, gates, sizes, threads);                        \
         const Alone alone(limit, given.threads);                                                                         \
         with_kind(kind, [&](auto k) {                                                                                    \
-            backward<decltype(k)>(given, grad, x, hidden, rows, grad_x, grad_w1, grad_w2, grad_gates, memory, kept);     \
+            backward<decltype(k)>(given, grad, x, hidden, rows, grad_x, grad_w1, grad_w2, add, grad_gates, memory, kept);\
         });                                                                                                              \
     }
 EXPORT(float, float, f32)

@@ -38,7 +38,7 @@ from moesaic.kernels.triton.hidden import (
 from moesaic.kernels.triton.variant import INTERPRETED, Variant
 
 if TYPE_CHECKING:
-    from moesaic.kernels.expert_mlp import Routes
+    from moesaic.kernels.plan import Routes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
