@@ -167,6 +167,7 @@ class Trial:
         """A training step; without an `update`, what it computes."""
         began = time.process_time()
         self.slots.copying.rematerialize = candidate.rematerialize
+        self.slots.copying.prefetch = 0 if candidate.rematerialize else 1
         for name, bank in self.slots.banks.items():
             bank.planner = candidate.replan.planners[name]
             bank.history, bank.present = candidate.history.get(name, []), candidate.present[name]

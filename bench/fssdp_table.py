@@ -27,9 +27,9 @@ ABOUT = """Every layer has a bank of its own, and a dense projection before it; 
 the next plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the
 processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
 `copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
-gradients, optimizer state, matrices and copies of experts on one rank at their peak. `predicted`: the cost model, with
-prices measured just before, plus what a balanced step of expert_parallel, in the same rounds, takes beyond its
-prediction."""
+gradients, optimizer state, matrices and copies of experts on one rank at their peak; with rematerialize, copies are
+sent for when a layer needs them (`prefetch: 0`). `predicted`: the cost model, with prices measured just before, plus
+what a balanced step of expert_parallel, in the same rounds, takes beyond its prediction."""
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,14 @@ class Matrices:
 
 
 def apart(w1: Float[Tensor, "E G F D"], w2: Float[Tensor, "E D F"]) -> Matrices:
-    """Of tensors, in which every expert's matrices are in one piece; what lies between experts does not matter."""
+    """Of tensors as `_by_expert` gives them."""
     inputs, width = w1.shape[1] * w1.shape[2], w1.shape[2]
     return Matrices(_addresses([w1]), _addresses([w2]), inputs, width, (w1, w2))
 
 
 def together(pieces: Sequence[Float[Tensor, "n L"]], kind: str, dim: int) -> Matrices:
-    """Of rows, which hold an expert each: w1, then w2."""
+    """Of rows, which hold an expert each: w1, then w2. What lies between rows does not matter."""
+    assert all(piece.stride(1) == 1 for piece in pieces)
     inputs, width = sizes_of_row(pieces, kind, dim)
     first = _addresses(pieces)
     size = pieces[0].element_size() if pieces else 0
@@ -61,11 +62,12 @@ def sizes_of_row(pieces: Sequence[Tensor], kind: Any, dim: int) -> tuple[int, in
 
 
 def _addresses(pieces: Sequence[Tensor]) -> Int[Tensor, " E"]:
-    found: list[int] = []
-    for piece in pieces:
-        first, step = piece.data_ptr(), piece.stride(0) * piece.element_size()
-        found += [first + number * step for number in range(len(piece))]
-    return torch.tensor(found, dtype=torch.int64)
+    """Of the first number of every entry."""
+    found = [
+        torch.arange(len(piece)) * (piece.stride(0) * piece.element_size()) + piece.data_ptr()
+        for piece in pieces
+    ]
+    return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *found])
 
 
 def forward(
@@ -79,7 +81,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     wide = accumulation_dtype(x.dtype)
-    return forward_of(x, apart(_in_pieces(w1, wide), _in_pieces(w2, wide)), counts, routes, kind, keep)
+    return forward_of(x, apart(_by_expert(w1, wide), _by_expert(w2, wide)), counts, routes, kind, keep)
 
 
 def forward_of(
@@ -107,7 +109,7 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     wide = accumulation_dtype(x.dtype)
-    experts = apart(_in_pieces(w1, wide), _in_pieces(w2, wide))
+    experts = apart(_by_expert(w1, wide), _by_expert(w2, wide))
     grad_w1, grad_w2 = x.new_empty(w1.shape, dtype=wide), x.new_empty(w2.shape, dtype=wide)
     grads, add = apart(grad_w1, grad_w2), torch.zeros_like(counts)
     grad_x, grad_gates = backward_of(grad, x, experts, grads, add, hidden, counts, routes, kind)
@@ -179,8 +181,8 @@ class _Call:
         native.run(name, self.stored, *products, *given, torch.tensor(sizes), self.kind)
 
 
-def _in_pieces(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this type, every expert's matrices in one piece."""
+def _by_expert(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this type, with every expert's matrices in one piece; what lies between experts does not matter."""
     matrices = matrices.to(dtype)
     return matrices if matrices[0].is_contiguous() else matrices.contiguous()
 

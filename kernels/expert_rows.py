@@ -38,7 +38,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ExpertPieces:
     """A store, and its place in the graph."""
 
     store: Store
@@ -48,7 +48,7 @@ class Pieces:
 
 def expert_rows_in_pieces(
     rows: Float[Tensor, "N D"],
-    experts: Pieces,
+    experts: ExpertPieces,
     counts: Int[Tensor, " E"],
     *,
     kind: ExpertKind,

@@ -91,7 +91,7 @@ Argument = Tensor | int | float | ctypes.c_void_p | ctypes.Array[ctypes.c_void_p
 
 
 def run(name: str, dtype: torch.dtype, *args: Argument) -> int:
-    """Call a kernel on torch's threads. Tensors must be contiguous; one with strides is passed as a pointer.
+    """Call a kernel on torch's threads. Tensors must be contiguous.
 
     Returns what the kernel returns, of which only kernels that check their input make use; 0 where nothing is computed.
     """

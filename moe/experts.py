@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moesaic.kernels.activation import ExpertKind, input_matrices
 from moesaic.kernels.backend import Backend
 from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
-from moesaic.kernels.expert_rows import Pieces, expert_rows_in_pieces
+from moesaic.kernels.expert_rows import ExpertPieces, expert_rows_in_pieces
 from moesaic.kernels.plan import Plan
 
 
@@ -31,7 +31,7 @@ class Weights:
 class WeightSource(Protocol):
     """Supplies the weights of the experts that are on this rank."""
 
-    def weights(self, dtype: torch.dtype) -> Weights | Pieces: ...
+    def weights(self, dtype: torch.dtype) -> Weights | ExpertPieces: ...
 
 
 class Bank(nn.Module):
@@ -83,7 +83,7 @@ class Experts(nn.Module):
         return self.run(self.source.weights(rows.dtype), rows, counts)
 
     def run(
-        self, weights: Weights | Pieces, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
+        self, weights: Weights | ExpertPieces, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
     ) -> Float[Tensor, "N D"]:
         """The same with weights at hand."""
         if isinstance(weights, Weights):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels.combine import combine_rows, gather_rows
-from moesaic.kernels.expert_rows import Pieces
+from moesaic.kernels.expert_rows import ExpertPieces
 from moesaic.moe.experts import Experts
 from moesaic.moe.routing import Plan
 from moesaic.parallel.agree import made_alike
@@ -98,7 +99,8 @@ class AllToAll:
         sent = gather_rows(
             x, tokens, where, plan.offsets, per_token=per_token, backend=backend
         )  # (R, D), in order of rounds
-        use = Materialized(self.bank, x.dtype, here, coming, freed=self._rematerializes)
+        freed = self.bank.copying.rematerialize and torch.is_grad_enabled() and not self.recomputed
+        use = Materialized(self.bank, x.dtype, here, coming, freed=freed)
         weights = use.weights()
         came_back, aside = [], None
         parts = sent.split([int(turn.send.sum()) for turn in turns])
@@ -125,7 +127,9 @@ class AllToAll:
             aside = aside_now if aside_now is not None else aside
         back = came_back[0] if one_round else torch.cat(came_back)
         y = combine_rows(back, gates, tokens, where, plan.offsets, per_token=per_token, backend=backend)
-        if one_round and not use.freed:
+        if use.freed:
+            use.release()
+        elif one_round:  # else each round is computed again
             use.forget()
         y = self._after(y, use)
         return y if aside is None else y + aside
@@ -171,7 +175,7 @@ class AllToAll:
         self,
         sent: Tensor,
         use: Materialized,
-        weights: Pieces,
+        weights: ExpertPieces,
         turn: Round,
         order: Tensor,
         counts: Tensor,
@@ -192,19 +196,15 @@ class AllToAll:
         back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
         return back.finish(back.start(out)), aside
 
-    @property
-    def _rematerializes(self) -> bool:
-        return self.bank.copying.rematerialize and torch.is_grad_enabled() and not self.recomputed
-
     def _after(self, y: Tensor, use: Materialized) -> Tensor:
-        """The layer's output, once its forward pass needs no matrices any more."""
-        if use.freed:
-            use.release()
+        """The layer's output; where its experts must come again, its backward pass sends for them."""
         again = torch._C._current_graph_task_id() != -1  # a backward pass is computing the layer again
         if again or not (use.freed or (self.recomputed and torch.is_grad_enabled())):
             return y
         if self.recomputed:
-            use.prefetch = lambda: self.prefetch(use.dtype, use.wanted)
+            use.prefetch = partial(
+                self.prefetch, use.dtype, use.wanted
+            )  # a lambda would hold the use that holds it
         self.bank.copying.order.append(use)
         return BackwardBegins.apply(y, use)  # type: ignore[no-any-return]
 

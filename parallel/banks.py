@@ -21,17 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from moesaic.kernels.expert_rows import Pieces
+from moesaic.kernels.expert_rows import ExpertPieces
 from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted
 from moesaic.parallel.placement import Counts, Present, no_copies
 from moesaic.parallel.slots import SlotTable, runs
 
 if TYPE_CHECKING:
     from moesaic.parallel.plans import Planner
-
-
-Place = tuple[Tensor, int]
-"""A row of a tensor."""
 
 
 @dataclass
@@ -49,10 +45,11 @@ class Copying:
     prefetch: int = 1
     """Layers ahead whose copies are sent for in a backward pass."""
     poison: bool = False
-    """Fill freed matrices, and those that nobody needs, with NaN: nothing may read them."""
+    """Fill freed copies, and experts in another type than the master weights', with NaN: nothing may read them."""
     last: bool = True
     """Whether the next backward pass is the step's last one."""
-    outgoing: deque["tuple[OwnedBank, Transfer]"] = field(default_factory=deque)
+    outgoing: deque["tuple[OwnedBank, Transfer, Tensor | None]"] = field(default_factory=deque)
+    """Gradients of copies under way, and the gradient of the owner's table that they belong to."""
     order: list["Materialized"] = field(default_factory=list)
     """Uses that will gather again in the backward pass, in order of the forward pass."""
     seconds_waited: float = 0.0
@@ -77,6 +74,8 @@ class Copying:
 
     def again(self, use: "Materialized") -> None:
         """The backward pass has come to this use: gather for it, and for those that come next."""
+        if use.freed:
+            self.finish()  # to save memory: no gradients of two layers at once
         if use not in self.order:  # of a forward pass whose stack was cleared
             use.regather()
             return
@@ -88,9 +87,10 @@ class Copying:
     def finish(self, most: int = 0) -> None:
         """Add gradients that have arrived to the owners' rows, until at most so many are under way."""
         while len(self.outgoing) > most:
-            bank, transfer = self.outgoing.popleft()
+            bank, transfer, grad = self.outgoing.popleft()
             with self.waiting():
                 arrived = transfer.finish()
+            bank.check(grad)
             bank.add(arrived)
 
     @contextmanager
@@ -152,8 +152,12 @@ class OwnedBank:
         """Counts of this step, so far: original forward pass of training tokens."""
         self.uses = 0
         """Forward passes whose backward pass is to come."""
-        self.held: dict[int, Tensor] = {}
+        self.held: dict[int, Tensor]
         """Gradients of copies that wait for the last micro-batch: rows by expert."""
+        self.held_wanted: Wanted
+        """Which of them ranks have."""
+        self.held_grad: Tensor | None
+        """The gradient of the table to which their owners will add them."""
         self.kept: Gather | None = None
         """Copies that serve all micro-batches of a step."""
         self.own(owners)
@@ -166,14 +170,14 @@ class OwnedBank:
         self.alone: Present = no_copies(owners, len(self.loads))
         self.present: Present = self.alone
         """The materialisation plan of this step."""
-        self.held_wanted: Wanted = np.zeros_like(self.alone)
+        self.drop_held()
 
     @property
     def version(self) -> tuple[int, int]:
         """Changes with the weights."""
         return self.copying.changes, self.table.master._version
 
-    def weights(self, dtype: torch.dtype) -> Pieces:
+    def weights(self, dtype: torch.dtype) -> ExpertPieces:
         """All experts that the plan has here, in the compute type."""
         use = Materialized(self, dtype, self.present, self.gather(dtype))
         use.fill()
@@ -196,7 +200,7 @@ class OwnedBank:
         number = {expert: number for number, expert in enumerate(part.experts)}
         places = [number[expert] for expert in experts]
         # as they lie in the table: they have left before an optimizer writes there
-        return picked(self.table.rows_of(part), places).to(dtype)
+        return rows_at(self.table.rows_of(part), places).to(dtype)
 
     def give_back(self, use: "Materialized") -> None:
         """Gradients of copies, to who owns them; those of own experts are where they belong."""
@@ -209,38 +213,58 @@ class OwnedBank:
             if not experts:
                 return none
             assert found is not None
-            return picked(found, [number[expert] for expert in experts])
+            return rows_at(found, [number[expert] for expert in experts])
 
         if self.copying.accumulate == "each":
-            self._send(rows, use.wanted)
+            self.send(rows, use.wanted)
             return
-        mine = use.copied
-        for expert, row in zip(mine, rows(mine), strict=True):
+        more = bool(self.held_wanted.any())
+        if more:
+            self.check(self.held_grad)
+        self.held_grad = self.table.master.grad
+        for expert, row in zip(use.copied, rows(use.copied), strict=True):
             held = self.held.get(expert)
             wide = torch.promote_types(row.dtype, self.table.master.dtype)
-            self.held[expert] = row.to(wide) if held is None else held.add_(row)
+            # the first rows wait as they are; of later ones, only those that are new
+            self.held[expert] = row.to(wide, copy=more) if held is None else held.add_(row)
         self.held_wanted = self.held_wanted | use.wanted
         if self.copying.last and self.uses == 0:
             self.send_held()
 
+    def drop_held(self) -> None:
+        """Forget what waited."""
+        self.held, self.held_wanted, self.held_grad = {}, np.zeros_like(self.alone), None
+
     def send_held(self) -> None:
         """Send what waited for the last micro-batch."""
         held, wanted = self.held, self.held_wanted
-        self.held, self.held_wanted, self.uses = {}, np.zeros_like(self.alone), 0
+        if wanted.any():
+            self.check(self.held_grad)
+        self.drop_held()
+        self.uses = 0
         none = self.table.master.detach()[:0]
-        self._send(
+        self.send(
             lambda experts: torch.stack([held[expert] for expert in experts]) if experts else none, wanted
         )
 
-    def _send(self, rows: Rows, wanted: Wanted) -> None:
+    def send(self, rows: Rows, wanted: Wanted) -> None:
+        """Gradients of copies, `wanted` here, to who owns them; `finish` adds them there."""
         if not wanted.any():
             return
         wire = self.copying.wire
         transfer = self.copying.gradients.reduce_scatter(
             lambda experts: rows(experts) if wire is None else rows(experts).to(wire), wanted, self.owners
         )
-        self.copying.outgoing.append((self, transfer))
+        self.copying.outgoing.append((self, transfer, self.table.master.grad))
         self.copying.finish(most=1)
+
+    def check(self, grad: Tensor | None) -> None:
+        """Raise RuntimeError unless this is still the table's gradient: another one belongs to another step."""
+        if self.table.master.grad is not grad:
+            raise RuntimeError(
+                f"bank {self.name!r}: gradients were cleared before those of copies had been added; after the last "
+                "backward pass of a step call `sum_replicated`, then the optimizer, then `zero_grad`"
+            )
 
     def add(self, arrived: Arrived) -> None:
         """Add gradients of copies to the rows of their experts, in the order in which they come."""
@@ -274,6 +298,8 @@ class Materialized:
         own = len(bank.table.owned[bank.name].experts)
         assert own + len(self.copied) == len(self.experts), "a rank has all experts that it owns"
         self.filled, self._rows, self._spare = False, [], []
+        self.version = bank.table.master._version
+        """Of the weights with which the layer computes."""
         self.gathers = [coming] if coming.serves(dtype) else []
         missing = self.wanted & ~coming.wanted if self.gathers else self.wanted
         if missing.any():
@@ -282,28 +308,33 @@ class Materialized:
         self.prefetch: Callable[[], None] | None = None
         """Where the layer is computed again: sends for the copies that it will need."""
 
-    def weights(self) -> Pieces:
+    def weights(self) -> ExpertPieces:
         """For the experts' op."""
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.bank.uses += 1  # else a backward pass is computing the layer again
-        return Pieces(self, _Materialize.apply(self.bank.table.master, self))  # type: ignore[arg-type]
+        return ExpertPieces(self, _Materialize.apply(self.bank.table.master, self))  # type: ignore[arg-type]
 
     def rows(self) -> list[Tensor]:
         """All experts, once `fill` has been called: rows (n, L), which together are `experts` in order."""
         assert self.filled, "experts are read before they are here"
+        if self.bank.table.master._version != self.version:
+            raise RuntimeError(
+                f"bank {self.bank.name!r}: weights were written to between a forward pass and its backward pass, which "
+                "needs them as they were; step the optimizer after the last backward pass"
+            )
         return self._rows
 
     def gradients(self) -> tuple[list[Tensor], list[bool]]:
         """Where the gradients of all experts belong, likewise, and whether to add to what is there."""
-        table = self.bank.table
-        part = table.owned[self.bank.name]
+        bank, table = self.bank, self.bank.table
+        part = table.owned[bank.name]
+        if any(other is bank for other, _, _ in bank.copying.outgoing):
+            bank.copying.finish()  # sums have one order, whenever gradients arrive
         own, add = table.gradient_of(part)
         add_copies = self.copied_gradients is not None
-        if self.freed and not add_copies:  # to save memory: no gradients of two layers at once
-            self.bank.copying.finish()
         if self.copied_gradients is None:
             self.copied_gradients = own.new_empty(len(self.copied), own.shape[1], dtype=self.dtype)
-        lie = _places(own, part.experts) | _places(self.copied_gradients, self.copied)
+        lie = _lie(own, part.experts) | _lie(self.copied_gradients, self.copied)
         found = self._joined(lie)
         return [rows for rows, _ in found], [add if mine else add_copies for _, mine in found]
 
@@ -314,19 +345,19 @@ class Materialized:
         table = self.bank.table
         part = table.owned[self.bank.name]
         own = table.rows_of(part).to(self.dtype)
-        lie = _places(own, part.experts)
+        lie = _lie(own, part.experts)
         self._spare = [own] if own.dtype != table.master.dtype else []
         if self.stale is not None:
             self.stale.finish()
         for gather in self.gathers:
             arrived = gather.finish()
             if arrived is not None:
-                lie |= _places(arrived.rows, arrived.experts)
+                lie |= _lie(arrived.rows, arrived.experts)
                 self._spare += [] if gather is self.bank.kept else [arrived.rows]
         self._rows = [rows for rows, _ in self._joined(lie)]
         self.gathers, self.stale, self.filled = [], None, True
 
-    def _joined(self, lie: dict[int, Place]) -> list[tuple[Tensor, bool]]:
+    def _joined(self, lie: dict[int, tuple[Tensor, int]]) -> list[tuple[Tensor, bool]]:
         """The rows of all experts, and whether they are own ones. These are joined where they are next to each other;
         copies come alone, however they arrived: a layer that is computed again must find as many pieces."""
         bank, found = self.bank, []
@@ -359,7 +390,7 @@ class Materialized:
         self._rows, self._spare = [], []
 
 
-def picked(rows: Tensor, places: Sequence[int]) -> Tensor:
+def rows_at(rows: Tensor, places: Sequence[int]) -> Tensor:
     """Rows at these places, in this order: as they lie, where they are consecutive."""
     consecutive = [*runs(places)]
     if len(consecutive) == 1:
@@ -368,8 +399,8 @@ def picked(rows: Tensor, places: Sequence[int]) -> Tensor:
     return rows[list(places)]
 
 
-def _places(rows: Tensor, experts: Sequence[int]) -> dict[int, Place]:
-    """Where experts lie, of which each row has one."""
+def _lie(rows: Tensor, experts: Sequence[int]) -> dict[int, tuple[Tensor, int]]:
+    """By expert, the tensor in which it lies, and the row."""
     return {expert: (rows, number) for number, expert in enumerate(experts)}
 
 
@@ -385,7 +416,7 @@ class _Materialize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         use: Materialized = ctx.use
-        if use.freed:
+        if use.freed or not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             use.release()
         use.bank.give_back(use)
         return None, None

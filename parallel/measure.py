@@ -1,7 +1,7 @@
-"""What plans cost on this machine: layers computed with made-up tokens, here and elsewhere, with copies and without.
+"""What plans cost on this machine: a layer computed with made-up tokens, and rows, copies and gradients that travel.
 
-All ranks measure at once, as they will compute, and the slowest counts. Copies are taken for exposed: what other work
-may hide is not measured.
+All ranks measure at once, as they will compute, and the slowest counts. What travels is measured alone and taken for
+exposed: what other work may hide is not measured.
 
 Dims: T tokens of a rank, D width, E experts, P ranks, S ranks of a node.
 """
@@ -114,26 +114,24 @@ class _Layer:
     def costs(self) -> Costs:
         near = self.topology.ranks_per_node > 1
         rows, message = FEW * self.size, self.message()
-        few = self.seconds(self.passes(0, each=FEW))
-        as_many_to_one = self.seconds(self.passes(0, experts=1, each=rows))
+        few = self.seconds(self.passes(each=FEW))
+        as_many_to_one = self.seconds(self.passes(experts=1, each=rows))
         expert = max(0.0, few - as_many_to_one) / max(1, self.size - 1)
-        many = self.seconds(self.passes(0, each=MANY)) if few <= PATIENCE else few
+        many = self.seconds(self.passes(each=MANY)) if few <= PATIENCE else few
         row = (many - few) / ((MANY - FEW) * self.size)
         if row <= 0:  # not measured, or disturbed by other work
             row = few / rows
 
         def trips(hop: int, sharing: int) -> float:
-            longer = self.seconds(self.passes(hop, each=FEW)) - few - 4 * message
-            return max(0.0, longer) / (4 * rows * sharing)
+            return max(0.0, self.seconds(self.trip(hop)) - message) / (MANY * self.size * sharing)
 
         def copies(hop: int, sharing: int) -> tuple[float, float]:
             wanted = self.copies(hop)
             if not wanted.any():
                 return 0.0, 0.0
             gather = self.seconds(lambda: Gather(self.bank, self.dtype, wanted).finish())
-            whole = self.seconds(self.passes(hop, each=FEW, present=self.bank.alone | wanted)) - few
-            number = self.size * sharing
-            return gather / number, max(0.0, whole - gather) / number
+            back = self.seconds(lambda: self.give_back(wanted))
+            return gather / (self.size * sharing), back / (self.size * sharing)
 
         per_node = self.topology.ranks_per_node
         far = self.topology.ranks > per_node
@@ -154,13 +152,10 @@ class _Layer:
         }
         return Costs(**{name: min(LONGEST, round(seconds * 1e12)) for name, seconds in prices.items()})
 
-    def passes(
-        self, hop: int, *, each: int, experts: int | None = None, present: Present | None = None
-    ) -> Callable[[], object]:
-        """A forward and a backward pass: every rank's tokens to the first experts of the rank `hop` further on."""
+    def passes(self, *, each: int, experts: int | None = None) -> Callable[[], object]:
+        """A forward and a backward pass: every rank's tokens to the first of its own experts."""
         bank, device = self.bank, self.bank.table.master.device
-        target = (bank.rank + hop) % self.topology.ranks
-        chosen = np.flatnonzero(bank.alone[target])[: experts or self.size]
+        chosen = np.flatnonzero(bank.alone[bank.rank])[: experts or self.size]
         tokens = each * len(chosen)
         picks = torch.from_numpy(np.resize(chosen, tokens)).to(device)[:, None]
         gates = torch.ones(tokens, 1, device=device, requires_grad=True)
@@ -170,7 +165,7 @@ class _Layer:
         grad = torch.ones_like(x)
 
         def once() -> None:
-            bank.present = bank.alone if present is None else present
+            bank.present = bank.alone
             planner, bank.planner = bank.planner, None
             inputs = (x, gates.flatten(), plan, self.experts)
             if self.dispatcher.recomputed:
@@ -183,6 +178,26 @@ class _Layer:
             self.dispatcher.traffic = Traffic()
 
         return once
+
+    def trip(self, hop: int) -> Callable[[], object]:
+        """Rows from every rank to the one `hop` further on."""
+        rank, ranks = self.bank.rank, self.topology.ranks
+        given = torch.zeros(MANY * self.size, self.bank.table.out[0], device=self.bank.table.master.device)
+        given = given.to(self.dtype)
+        send = [len(given) if other == (rank + hop) % ranks else 0 for other in range(ranks)]
+        receive = [len(given) if other == (rank - hop) % ranks else 0 for other in range(ranks)]
+        group = self.dispatcher.group
+        return lambda: dist.all_to_all_single(torch.empty_like(given), given, receive, send, group=group)
+
+    def give_back(self, wanted: Present) -> None:
+        """Gradients of these copies to the owners, who add them."""
+        bank, table = self.bank, self.bank.table
+        table.gradient_of(table.owned[bank.name])
+        bank.send(
+            lambda experts: table.master.new_zeros(len(experts), table.master.shape[1], dtype=self.dtype),
+            wanted,
+        )
+        bank.copying.finish()
 
     def copies(self, hop: int) -> Present:
         """Every rank wants the first experts of the rank `hop` further on."""

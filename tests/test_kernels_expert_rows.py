@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.kernels.activation import KINDS, ExpertKind, input_matrices
 from moesaic.kernels.expert_mlp import expert_rows
-from moesaic.kernels.expert_rows import Pieces, expert_rows_in_pieces
+from moesaic.kernels.expert_rows import ExpertPieces, expert_rows_in_pieces
 
 __all__ = ["engine"]  # a fixture
 
@@ -89,9 +89,9 @@ def compare(engine: str, counts: list[int], cuts: list[int], dtype: torch.dtype,
     link = leaf.view_as(leaf)  # out of an operation
     x = x.requires_grad_()
     with torch.no_grad():
-        unkept = expert_rows_in_pieces(x, Pieces(store, link), held, **settings)
+        unkept = expert_rows_in_pieces(x, ExpertPieces(store, link), held, **settings)
         assert torch.equal(unkept, expert_rows(plain[0], plain[1], plain[2], held, **settings))
-    got = expert_rows_in_pieces(x, Pieces(store, link), held, **settings)
+    got = expert_rows_in_pieces(x, ExpertPieces(store, link), held, **settings)
     assert torch.equal(got, y)
     (alone,) = torch.autograd.grad(got, [x], grad, retain_graph=True)
     assert torch.equal(alone, want[0])
@@ -113,7 +113,7 @@ def compare(engine: str, counts: list[int], cuts: list[int], dtype: torch.dtype,
 def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:
     store, leaf = Lying(torch.randn(2, 3 * F * D), [1, 1], torch.float32), torch.zeros(1, requires_grad=True)
     y = expert_rows_in_pieces(
-        torch.randn(5, D), Pieces(store, leaf.view_as(leaf)), torch.tensor([2, 3]), kind="swiglu"
+        torch.randn(5, D), ExpertPieces(store, leaf.view_as(leaf)), torch.tensor([2, 3]), kind="swiglu"
     )
     store.pieces[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -132,7 +132,7 @@ def test_rows_that_are_freed_are_asked_for_again() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = expert_rows_in_pieces(
-            torch.randn(5, D), Pieces(store, leaf.view_as(leaf)), torch.tensor([2, 3]), kind="swiglu"
+            torch.randn(5, D), ExpertPieces(store, leaf.view_as(leaf)), torch.tensor([2, 3]), kind="swiglu"
         )
     pieces = store.pieces
     here = {piece.data_ptr() for piece in store.pieces}

@@ -3,6 +3,7 @@
 Real numbers here, SwiGLU in float32 and bf16: the same plan must give the same bits, whatever comes between.
 """
 
+import gc
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Routing
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel import all_to_all
+from moesaic.parallel.banks import Materialized
 from moesaic.parallel.collectives import Arrived, Transfer
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.own import own_experts
@@ -31,12 +33,14 @@ Values = dict[str, Tensor]
 
 
 class Stack(torch.nn.Module):
-    """Two layers, one after the other."""
+    """Two layers, one after the other, with experts of their own or the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool) -> None:
         super().__init__()
         config = MoE.Config(num_experts=EXPERTS, hidden=16, router=TopKRouter.Config(k=2))
-        self.layers = torch.nn.ModuleList([MoE(config, DIM, name=f"layer{number}") for number in range(2)])
+        first = MoE(config, DIM, name="layer0")
+        second = MoE(config, DIM, name="layer1", bank=first.bank if shared else None)
+        self.layers = torch.nn.ModuleList([first, second])
 
     def forward(self, x: Tensor, routings: Sequence[Routing], recompute: bool = False) -> Tensor:
         for layer, routing in zip(self.layers, routings, strict=True):
@@ -53,8 +57,8 @@ class Stack(torch.nn.Module):
 class Lives:
     """A model on ranks, which can be brought back to its first state."""
 
-    def __init__(self) -> None:
-        self.model = Stack()
+    def __init__(self, shared: bool = False) -> None:
+        self.model = Stack(shared)
         ranks = ranks_of(ParallelConfig(), "cpu")
         own_experts(self.model, ParallelConfig(experts=OwnedExperts(compare_plans=True)), ranks)
         slots = slots_of(self.model)
@@ -131,8 +135,8 @@ def same(found: Values, want: Values, what: object = "") -> None:
         assert torch.equal(value, want[name]), f"{what}: {name}"
 
 
-def on_ranks(work: Callable[[Lives], object]) -> None:
-    run_ranks(lambda: work(Lives()), RANKS)
+def on_ranks(work: Callable[[Lives], object], *, shared: bool = False) -> None:
+    run_ranks(lambda: work(Lives(shared)), RANKS)
 
 
 def test_how_copies_come_and_go_changes_no_bit() -> None:
@@ -261,3 +265,83 @@ def test_what_comes_between_passes_changes_no_bit() -> None:
 
     settings = [(False, "each"), (False, "last"), (True, "each"), (True, "last")]
     on_ranks(lambda lives: [work(lives, *setting) for setting in settings])
+
+
+def test_freeing_changes_no_bit_where_layers_share_experts_and_batches_add_up() -> None:
+    """An expert's gradient is then a sum of many parts, which must have one order."""
+
+    def work(lives: Lives) -> None:
+        for accumulate in ("each", "last"):
+            found = []
+            for rematerialize in (False, True):
+                lives.begin(rematerialize=rematerialize, accumulate=accumulate)
+                for micro in range(3):
+                    lives.slots.begin(last=micro == 2)
+                    lives.backward(lives.output()[0])
+                lives.slots.settle()
+                assert lives.master.grad is not None
+                found.append(lives.master.grad)
+                lives.slots[0].clear()  # type: ignore[operator]
+            assert torch.equal(*found), accumulate
+
+    on_ranks(work, shared=True)
+
+
+def test_nothing_of_a_step_stays_in_memory() -> None:
+    """Not even until the garbage collector comes."""
+
+    def work(lives: Lives) -> None:
+        for rematerialize in (False, True):
+            for recompute in (False, True):
+                for max_rows in (None, 5):
+                    for layer in lives.model.layers:
+                        layer.dispatcher.max_rows = max_rows  # type: ignore[union-attr]
+                    lives.begin(rematerialize=rematerialize)
+                    gc.collect()
+                    gc.disable()
+                    lives.step(recompute=recompute)
+                    alive = [use for use in gc.get_objects() if isinstance(use, Materialized)]
+                    gc.enable()
+                    assert not alive, (rematerialize, recompute, max_rows)
+
+    on_ranks(work)
+
+
+def test_weights_that_change_between_the_passes_are_an_error() -> None:
+    def work(lives: Lives) -> None:
+        for rematerialize in (False, True):
+            for max_rows in (None, 5):
+                for layer in lives.model.layers:
+                    layer.dispatcher.max_rows = max_rows  # type: ignore[union-attr]
+                lives.begin(rematerialize=rematerialize)
+                lives.slots.begin(last=True)
+                y, _ = lives.output()
+                with torch.no_grad():
+                    lives.master.add_(1)
+                with pytest.raises(
+                    RuntimeError, match=r"written to between|modified by an inplace operation"
+                ):
+                    lives.backward(y)
+                lives.slots.copying.outgoing.clear()
+
+    on_ranks(work)
+
+
+def test_gradients_that_are_cleared_too_early_are_an_error() -> None:
+    """Copies' gradients are still to be added to them, and must not be added to those of a later step."""
+
+    def work(lives: Lives) -> None:
+        for accumulate in ("each", "last"):
+            lives.begin(accumulate=accumulate)
+            lives.slots.begin(last=False)
+            lives.backward(lives.output()[0])
+            lives.master.grad = None
+            lives.slots.begin(last=True)
+            y, _ = lives.output()
+            with pytest.raises(
+                RuntimeError, match="cleared before those of copies had been added; after the last"
+            ):
+                lives.backward(y)
+            lives.slots.copying.outgoing.clear()
+
+    on_ranks(work)

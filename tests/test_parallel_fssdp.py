@@ -1,6 +1,6 @@
 """Experts with copies against one process: bit for bit where all numbers are small integers, whatever the plan.
 
-Freed matrices and matrices that nobody asked for are NaN here, so that reading one shows. Trials with the same owners
+Freed copies are NaN here, so that reading one shows. Trials with the same owners
 share one model on their ranks, one after the other, as process groups take longer to make than a trial.
 """
 

@@ -344,13 +344,13 @@ def test_planners_copy_some_experts_of_shrunken_models() -> None:
 def test_gradients_of_copies_that_are_not_returned_once_are_caught(
     monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    true = banks.OwnedBank._send
+    true = banks.OwnedBank.send
 
     def wrong(self: banks.OwnedBank, *args: Any) -> None:
         for _ in range(times):
             true(self, *args)
 
-    monkeypatch.setattr(banks.OwnedBank, "_send", wrong)
+    monkeypatch.setattr(banks.OwnedBank, "send", wrong)
     found = run_audit("parallel.experts.kind=owned", EVERYWHERE).findings
     first = {finding.what: finding.scale for finding in found if finding.step == 0 and not finding.passed}
     assert {"grad banks.w1", "grad banks.w2", "gradient norm", "after step banks.w1"} <= first.keys()

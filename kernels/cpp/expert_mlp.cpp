@@ -1,4 +1,4 @@
-// The experts of a layer, forward and backward (kernels/expert_mlp.py).
+// The experts of a layer, forward and backward (kernels/expert_mlp_cpu.py).
 //
 // Work is cut into segments: up to a few hundred consecutive rows of one expert, which a thread takes from gathering to
 // the last product in buffers of its own, so that only what others need goes to memory. Products are single-threaded
