@@ -125,7 +125,6 @@ class Trial:
         groups = [{"params": parameters} for parameters in cut.values()]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
         self.meter = Meter(model, self.ranks, micro_batches=1, dtype=torch.float32)
-        self.costs: dict[str, Costs] = {}
         D, T = shape[0], shape[-1]
         tokens = torch.Generator().manual_seed(100 + self.ranks.rank)
         self.x, self.grad = (torch.randn(T, D, generator=tokens) for _ in range(2))
@@ -134,15 +133,11 @@ class Trial:
         owned = OwnedExperts(plan=plan, costs=costs)
         return Replan(self.model, owned, self.ranks, micro_batches=1, dtype=torch.float32)
 
-    def candidates(self) -> dict[str, Candidate]:
-        """Of all plans; banks are equal, so one bank's costs are every bank's."""
-        found = {}
-        for name, plan in {**PLANS, HECATE: HecateConfig(overlap=self.shape[2] // 4)}.items():
-            self.slots.copying.rematerialize = name == AGAIN
-            costs = repeated(next(iter(self.costs.values())), self.slots, False, 1)
-            found[name] = Candidate(self._replan(plan, costs), name == AGAIN)
-            found[name].present = {bank: of.present for bank, of in self.slots.banks.items()}
-        return found
+    def candidate(self, plan: PlanConfig, costs: Costs, *, rematerialize: bool = False) -> Candidate:
+        self.slots.copying.rematerialize = rematerialize
+        replan = self._replan(plan, repeated(costs, self.slots, False, 1))
+        present = {name: bank.present for name, bank in self.slots.banks.items()}
+        return Candidate(replan, rematerialize, present=present)
 
     def draw(self, skew: float) -> list[list[Routing]]:
         """Routings of the next steps, for every layer."""
@@ -208,13 +203,20 @@ class Trial:
                         f"{name}: tensor {number} differs by {error:.1e} of {largest:.1e}: no times for that"
                     )
 
-    def run(self, skew: float, rounds: int) -> dict[str, Found]:
-        """All candidates under one skew, and beside them a step of expert parallelism on balanced routings."""
-        self.costs = self._replan(AutoConfig(), None).costs
-        candidates, drawn = self.candidates(), self.draw(skew)
+    def run(self, skew: float, rounds: int) -> tuple[dict[str, Found], Costs]:
+        """All candidates under one skew, and beside them a step of expert parallelism on balanced routings; and the
+        prices of now."""
+        costs = next(
+            iter(self._replan(AutoConfig(), None).costs.values())
+        )  # banks are equal, and so are their prices
+        plans = {**PLANS, HECATE: HecateConfig(overlap=self.shape[2] // 4)}
+        candidates = {
+            name: self.candidate(plan, costs, rematerialize=name == AGAIN) for name, plan in plans.items()
+        }
+        drawn = self.draw(skew)
         routings = dict.fromkeys(candidates, drawn)
         self.compare(candidates, drawn)
-        candidates[BALANCED], routings[BALANCED] = self.candidates()[ALONE], self.draw(1.0)
+        candidates[BALANCED], routings[BALANCED] = self.candidate(PLANS[ALONE], costs), self.draw(1.0)
         watched = {}
         for name, candidate in candidates.items():
             self.step(candidate, routings[name][2])
@@ -241,7 +243,7 @@ class Trial:
         for name, (traffic, peak, predicted) in watched.items():
             seconds, busy = timings.seconds[name], candidates[name].busy[-rounds:]
             found[name] = Found(traffic, peak, seconds, busy, predicted)
-        return found
+        return found, costs
 
     def predicted(self, candidate: Candidate, routings: Sequence[Routing]) -> float:
         """Seconds of all banks in the step that comes."""
@@ -285,7 +287,7 @@ def choose(chances: np.ndarray, tokens: int, k: int, source: torch.Generator) ->
 
 def on_a_rank(shape: tuple[int, ...], rounds: int) -> list[tuple[dict[str, Found], Costs]]:
     trial = Trial(shape)
-    return [(trial.run(skew, rounds), next(iter(trial.costs.values()))) for skew in SKEWS]
+    return [trial.run(skew, rounds) for skew in SKEWS]
 
 
 def measured(name: str, ranks: int, rounds: int) -> str:

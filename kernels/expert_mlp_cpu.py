@@ -40,7 +40,7 @@ class Matrices:
 
 
 def apart(w1: Float[Tensor, "E G F D"], w2: Float[Tensor, "E D F"]) -> Matrices:
-    """Of tensors as `_by_expert` gives them."""
+    """Of tensors with every expert's matrices in one piece; what lies between experts does not matter."""
     inputs, width = w1.shape[1] * w1.shape[2], w1.shape[2]
     return Matrices(_addresses([w1]), _addresses([w2]), inputs, width, (w1, w2))
 
@@ -80,8 +80,7 @@ def forward(
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(x.dtype)
-    return forward_of(x, apart(_by_expert(w1, wide), _by_expert(w2, wide)), counts, routes, kind, keep)
+    return forward_of(x, _widened(x, w1, w2), counts, routes, kind, keep)
 
 
 def forward_of(
@@ -109,10 +108,9 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     wide = accumulation_dtype(x.dtype)
-    experts = apart(_by_expert(w1, wide), _by_expert(w2, wide))
     grad_w1, grad_w2 = x.new_empty(w1.shape, dtype=wide), x.new_empty(w2.shape, dtype=wide)
     grads, add = apart(grad_w1, grad_w2), torch.zeros_like(counts)
-    grad_x, grad_gates = backward_of(grad, x, experts, grads, add, hidden, counts, routes, kind)
+    grad_x, grad_gates = backward_of(grad, x, _widened(x, w1, w2), grads, add, hidden, counts, routes, kind)
     return grad_x, grad_w1.to(x.dtype), grad_w2.to(x.dtype), grad_gates
 
 
@@ -181,10 +179,10 @@ class _Call:
         native.run(name, self.stored, *products, *given, torch.tensor(sizes), self.kind)
 
 
-def _by_expert(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this type, with every expert's matrices in one piece; what lies between experts does not matter."""
-    matrices = matrices.to(dtype)
-    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
+def _widened(x: Tensor, w1: Tensor, w2: Tensor) -> Matrices:
+    """In the type in which x is computed, with every expert's matrices in one piece."""
+    wide = [matrices.to(accumulation_dtype(x.dtype)) for matrices in (w1, w2)]
+    return apart(*(matrices if matrices[0].is_contiguous() else matrices.contiguous() for matrices in wide))
 
 
 def _segment(rows: int, row_bytes: int) -> int:

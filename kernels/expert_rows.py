@@ -135,10 +135,7 @@ def _backward(
         sizes = [len(box) for box in boxes]
         for part, columns in zip(found, (slice(w1[0].numel()), slice(w1[0].numel(), None)), strict=True):
             for box, more, rows in zip(boxes, add, part.flatten(1).split(sizes), strict=True):
-                if more:
-                    box[:, columns] += rows
-                else:
-                    box[:, columns] = rows
+                _put(box[:, columns], rows, more)
         return grad_x
     wide = accumulation_dtype(x.dtype)
     experts = expert_mlp_cpu.together([piece.to(wide) for piece in pieces], kind, dim)
@@ -151,16 +148,21 @@ def _backward(
         grad.contiguous(), x, experts, grads, add_each, hidden, counts, None, kind
     )
     for box, more, mine in zip(boxes, add, own, strict=True):
-        if mine is not box and more:
-            box += mine
-        elif mine is not box:
-            box.copy_(mine)
+        if mine is not box:
+            _put(box, mine, more)
     return grad_x
 
 
 @_backward.register_fake
 def _(grad, x, pieces, hidden, counts, kind, backend, boxes, add):
     return torch.empty_like(x)
+
+
+def _put(box: Tensor, values: Tensor, add: bool) -> None:
+    if add:
+        box += values
+    else:
+        box.copy_(values)
 
 
 def _put_together(pieces: Sequence[Tensor], kind: str, dim: int) -> tuple[Tensor, Tensor]:

@@ -197,23 +197,17 @@ class OwnedBank:
     def rows(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Rows (n, L) of experts that this rank owns."""
         part = self.table.owned[self.name]
-        number = {expert: number for number, expert in enumerate(part.experts)}
-        places = [number[expert] for expert in experts]
         # as they lie in the table: they have left before an optimizer writes there
-        return rows_at(self.table.rows_of(part), places).to(dtype)
+        return rows_of(experts, self.table.rows_of(part), part.experts).to(dtype)
 
     def give_back(self, use: "Materialized") -> None:
         """Gradients of copies, to who owns them; those of own experts are where they belong."""
         self.uses = max(0, self.uses - 1)
         found, use.copied_gradients = use.copied_gradients, None
-        number = {expert: number for number, expert in enumerate(use.copied)}
-        none = self.table.master.new_empty(0, self.table.master.shape[1], dtype=use.dtype)
+        assert found is not None, "the experts' op has made them, on a rank without copies too"
 
         def rows(experts: Sequence[int]) -> Tensor:
-            if not experts:
-                return none
-            assert found is not None
-            return rows_at(found, [number[expert] for expert in experts])
+            return rows_of(experts, found, use.copied)
 
         if self.copying.accumulate == "each":
             self.send(rows, use.wanted)
@@ -390,13 +384,15 @@ class Materialized:
         self._rows, self._spare = [], []
 
 
-def rows_at(rows: Tensor, places: Sequence[int]) -> Tensor:
-    """Rows at these places, in this order: as they lie, where they are consecutive."""
+def rows_of(experts: Sequence[int], rows: Tensor, lying: Sequence[int]) -> Tensor:
+    """The rows of some of the experts that lie there, in this order: as they lie, where they are consecutive."""
+    number = {expert: number for number, expert in enumerate(lying)}
+    places = [number[expert] for expert in experts]
     consecutive = [*runs(places)]
     if len(consecutive) == 1:
         _, first, count = consecutive[0]
         return rows[first : first + count]
-    return rows[list(places)]
+    return rows[places]
 
 
 def _lie(rows: Tensor, experts: Sequence[int]) -> dict[int, tuple[Tensor, int]]:

@@ -86,6 +86,16 @@ class Lives:
         for layer in self.model.layers:
             layer.dispatcher.prefetch(dtype)  # type: ignore[union-attr]
 
+    def limit(self, max_rows: int | None) -> None:
+        for layer in self.model.layers:
+            layer.dispatcher.max_rows = max_rows  # type: ignore[union-attr]
+
+    def abandon(self) -> None:
+        """Forget gradients that were on their way in a step that failed."""
+        for bank in self.slots.banks.values():
+            bank.drop_held()
+        self.slots.copying.outgoing.clear()
+
     def output(self, dtype: torch.dtype = torch.float32, recompute: bool = False) -> tuple[Tensor, Values]:
         """A forward pass; the output, and leaves whose gradients its backward pass makes."""
         x = torch.randn(7 + self.rank, DIM, generator=seeded(10 + self.rank)).to(dtype).requires_grad_()
@@ -294,9 +304,8 @@ def test_nothing_of_a_step_stays_in_memory() -> None:
         for rematerialize in (False, True):
             for recompute in (False, True):
                 for max_rows in (None, 5):
-                    for layer in lives.model.layers:
-                        layer.dispatcher.max_rows = max_rows  # type: ignore[union-attr]
                     lives.begin(rematerialize=rematerialize)
+                    lives.limit(max_rows)
                     gc.collect()
                     gc.disable()
                     lives.step(recompute=recompute)
@@ -311,9 +320,8 @@ def test_weights_that_change_between_the_passes_are_an_error() -> None:
     def work(lives: Lives) -> None:
         for rematerialize in (False, True):
             for max_rows in (None, 5):
-                for layer in lives.model.layers:
-                    layer.dispatcher.max_rows = max_rows  # type: ignore[union-attr]
                 lives.begin(rematerialize=rematerialize)
+                lives.limit(max_rows)
                 lives.slots.begin(last=True)
                 y, _ = lives.output()
                 with torch.no_grad():
@@ -322,7 +330,7 @@ def test_weights_that_change_between_the_passes_are_an_error() -> None:
                     RuntimeError, match=r"written to between|modified by an inplace operation"
                 ):
                     lives.backward(y)
-                lives.slots.copying.outgoing.clear()
+                lives.abandon()
 
     on_ranks(work)
 
