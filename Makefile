@@ -20,7 +20,7 @@ help:
 	@echo "make test       the tests that take seconds each"
 	@echo "make test-slow  the others, and those of lm-eval, which it installs"
 	@echo "make lint       ruff and pyright"
-	@echo "make bench      the benchmarks; results go to bench/results/"
+	@echo "make bench      the layer, the training step, experts over two ranks; results go to bench/results/"
 	@echo "make install    everything the targets above need"
 	@echo "make clean      remove build products and caches of tools (keeps $(VENV) and runs/)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"

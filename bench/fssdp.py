@@ -3,7 +3,7 @@ and copies of everything, and what the cost model said before against what the c
 
 Forked gloo ranks with one thread each, one model, given routings: the first rank's experts are wanted more than
 others', by as much as each table says. Outputs and gradients of all plans are compared before anything is timed; then
-plans take turns, a step each, on the same draw of a routing. Results: bench/results/fssdp.md.
+plans take turns, a step each, on the same draw of a routing. Results: bench/results/fssdp_SHAPE_RANKS_ranks.md.
 
     python bench/fssdp.py [--quick] [--rounds 9] [--shapes wide fine] [--ranks 2 4]
 
@@ -317,14 +317,12 @@ def main() -> None:
     if options.quick:
         measured("quick", options.ranks[0], rounds=3)
         return
-    sections = [ABOUT] + [
-        measured(name, ranks, options.rounds) for ranks in options.ranks for name in options.shapes
-    ]
-    command = (
-        f"python bench/fssdp.py --rounds {options.rounds} --shapes {' '.join(options.shapes)}"
-        f" --ranks {' '.join(map(str, options.ranks))}"
-    )
-    write_result("fssdp", "Experts with copies: whole steps under every plan", command, 1, sections)
+    for ranks in options.ranks:
+        for name in options.shapes:
+            sections = [ABOUT, measured(name, ranks, options.rounds)]
+            command = f"python bench/fssdp.py --rounds {options.rounds} --shapes {name} --ranks {ranks}"
+            title = "Experts with copies: whole steps under every plan"
+            write_result(f"fssdp_{name}_{ranks}_ranks", title, command, 1, sections)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timing import Timings, table
+from timing import Quartiles, Timings, table
 
 from moesaic.parallel.costs import Costs
 from moesaic.parallel.traffic import StepTraffic
@@ -22,14 +22,15 @@ BALANCED = "expert_parallel, balanced"
 GOALS = {1.0: 0.98, 1.5: 1.35, 1.8: 1.60}
 """How much faster than expert parallelism `auto` should be."""
 CLEAR = 0.03
-"""Two plans whose times differ by less are not in any order."""
+"""Two plans are in an order where their ratio is farther from 1, and so are both its quartiles."""
 ABOUT = """Every layer has a bank of its own, and a dense projection before it; a step is forward, backward, AdamW and
 the next plan. `speed-up`: expert_parallel's time over the plan's, formed in each round. `by processor`: the same of the
 processor time that the busier rank spends in a step, which other processes disturb less; waiting is not in it.
 `copies`: of the busiest rank, over all layers. MiB sent are those of all ranks in a step. `experts MiB`: weights,
-gradients, optimizer state, matrices and copies of experts on one rank at their peak; with rematerialize, copies are
+gradients, optimizer state and copies of experts on one rank at their peak; with rematerialize, copies are
 sent for when a layer needs them (`prefetch: 0`). `predicted`: the cost model, with prices measured just before, plus
-what a balanced step of expert_parallel, in the same rounds, takes beyond its prediction."""
+what a balanced step of expert_parallel, in the same rounds, takes beyond its prediction. Two plans are clearly apart
+where the quartiles of their ratio are more than 3 % beyond 1, on one side."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ def verdict(
     more = memory[AGAIN] / memory[ALONE] - 1
     times = {name: timings.time(name).median for name in found}
     errors = [abs((one.predicted + fixed) / times[name] - 1) for name, one in found.items()]
-    clear = [
-        pair for pair in itertools.combinations(found, 2) if abs(timings.ratio(*pair).median - 1) > CLEAR
-    ]
+    clear = [pair for pair in itertools.combinations(found, 2) if apart(timings.ratio(*pair))]
     right = sum(
         (times[one] < times[other]) == (found[one].predicted < found[other].predicted) for one, other in clear
     )
@@ -113,9 +112,14 @@ def verdict(
         (f"{least:.2f} times as fast as {better}, the better of the two (goal 0.98)", least >= 0.98),
         (f"experts' memory with rematerialize {100 * more:+.0f} % (goal at most +15 %)", more <= 0.15),
         (
-            f"of {len(clear)} pairs of plans more than {CLEAR:.0%} apart, {right} in the predicted order",
+            f"of {len(clear)} pairs of plans clearly apart, {right} in the predicted order",
             right == len(clear),
         ),
         (f"largest error of a predicted time {max(errors):.0%} (goal 15 %)", max(errors) <= 0.15),
     ]
     return "\n".join(f"- {text}: {'met' if met else 'missed'}." for text, met in goals)
+
+
+def apart(ratio: Quartiles) -> bool:
+    """Whether all of it lies more than `CLEAR` beyond 1, on one side."""
+    return ratio.low > 1 + CLEAR or ratio.high < 1 - CLEAR

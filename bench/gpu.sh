@@ -1,5 +1,6 @@
 #!/bin/sh
-# All that wants a GPU, in under ten minutes, on a machine with torch, triton, numpy and pytest and no network:
+# All that wants a GPU, in under ten minutes, on a machine with torch, triton, numpy, jaxtyping, scipy, hypothesis and
+# pytest, and no network:
 # the kernels' tests, then the layer against its peers. Run it anywhere; results go to bench/results/moe_gpu.md.
 #
 #     sh bench/gpu.sh [arguments of bench/moe_gpu.py]

@@ -407,10 +407,6 @@ def main() -> None:
         if options.tune and not options.dry:
             sections.append(tune(make_inputs(shape, "balanced", device, dtype), options.rounds))
             print(sections[-1], flush=True)
-    if not options.dry:
-        write_result(
-            "moe_gpu", "One MoE layer on a GPU", "python bench/moe_gpu.py", torch.get_num_threads(), sections
-        )
     write(sections)
 
 

@@ -1,4 +1,5 @@
-"""One MoE layer, forward and backward, against dense products of equal FLOPs and every MoE block of transformers.
+"""One MoE layer, forward and backward, against dense products of equal FLOPs and the MoE blocks of transformers
+(all but `batched_mm`, which copies weights for every assignment).
 
 Same weights and tokens on all sides; outputs and gradients are compared before anything is timed. Results:
 bench/results/moe_layer.md.

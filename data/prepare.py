@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
-from moesaic.data.build import SAMPLE, Draft, Report, in_eval, options_of
+from moesaic.data.build import SAMPLE, Draft, Report, options_of
 from moesaic.data.config import (
     BpeTokenizer,
     DataConfig,
@@ -34,7 +34,7 @@ from moesaic.data.tokens import build_tokens, list_tokens, open_tokens, tokens_t
 from moesaic.data.workers import Workers
 from moesaic.kernels.cache import cache_folder
 
-__all__ = ["Report", "cache_root", "in_eval", "prepare", "vocab_of"]
+__all__ = ["Report", "cache_root", "prepare", "vocab_of"]
 
 
 @overload
@@ -144,9 +144,8 @@ def _mixture(config: MixtureData, root: Path, workers: Workers, report: Report) 
 def _shared_tokenizer(config: MixtureData, root: Path, workers: Workers, report: Report) -> Tokenizer:
     """BPE of the text of all parts: of a sample in which each has the share that it has of the training sequences.
 
-    A part that is smaller than its share of `SAMPLE` bytes gives all it has.
-
-    The texts that were read for it become the drafts of the parts.
+    A part that is smaller than its share of `SAMPLE` bytes gives all it has. The texts that were read for the sample
+    become the drafts of the parts.
     """
     assert isinstance(config.tokenizer, BpeTokenizer)
     weights = shares({name: part.weight for name, part in config.parts.items()})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels.activation import ExpertKind, input_matrices
 from moesaic.kernels.backend import Backend
-from moesaic.kernels.expert_mlp import expert_mlp, expert_rows
+from moesaic.kernels.expert_mlp import expert_mlp
 from moesaic.kernels.expert_rows import ExpertPieces, expert_rows_in_pieces
 from moesaic.kernels.plan import Plan
 
@@ -27,11 +27,17 @@ class Weights:
     w2: Float[Tensor, "M D F"]
 
 
-@runtime_checkable
-class WeightSource(Protocol):
-    """Supplies the weights of the experts that are on this rank."""
+class Source(Protocol):
+    """A named set of experts, on this rank or over several."""
 
-    def weights(self, dtype: torch.dtype) -> Weights | ExpertPieces: ...
+    name: str
+
+
+@runtime_checkable
+class WeightSource(Source, Protocol):
+    """All of its experts are here; it supplies their weights."""
+
+    def weights(self, dtype: torch.dtype) -> Weights: ...
 
 
 class Bank(nn.Module):
@@ -52,40 +58,26 @@ class Bank(nn.Module):
         return Weights(self.w1.to(dtype), self.w2.to(dtype))
 
 
-class Experts(nn.Module):
-    """Rows through the experts of a weight source. Holds no parameters of its own."""
+class Experts:
+    """Rows through experts. Holds no parameters: those belong to the module that registers the source."""
 
-    def __init__(self, kind: ExpertKind, source: WeightSource) -> None:
-        super().__init__()
+    def __init__(self, kind: ExpertKind, source: Source) -> None:
         self.kind: ExpertKind = kind
+        self.source = source
+        """Whose experts they are."""
         self.backend: Backend = "auto"
         """Which kernels run; see `moesaic.kernels.backend`."""
-        self._source = (
-            source,
-        )  # in a tuple: the source's parameters belong to the module that registers them
-
-    @property
-    def source(self) -> WeightSource:
-        return self._source[0]
-
-    @source.setter
-    def source(self, source: WeightSource) -> None:
-        self._source = (source,)
 
     def mix(self, x: Float[Tensor, "T D"], gates: Float[Tensor, " R"], plan: Plan) -> Float[Tensor, "T D"]:
         """The weighted sum of every token's experts, where all of them are here."""
+        assert isinstance(self.source, WeightSource), (
+            "experts of several ranks: their dispatcher has the weights"
+        )
         weights = self.source.weights(x.dtype)
-        assert isinstance(weights, Weights), "where all experts are here, they are in one piece"
         return expert_mlp(x, gates, weights.w1, weights.w2, plan, kind=self.kind, backend=self.backend)
 
-    def forward(self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]) -> Float[Tensor, "N D"]:
-        """The first `counts[0]` rows go through the first expert, and so on."""
-        return self.run(self.source.weights(rows.dtype), rows, counts)
-
     def run(
-        self, weights: Weights | ExpertPieces, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
+        self, weights: ExpertPieces, rows: Float[Tensor, "N D"], counts: Int[Tensor, " M"]
     ) -> Float[Tensor, "N D"]:
-        """The same with weights at hand."""
-        if isinstance(weights, Weights):
-            return expert_rows(rows, weights.w1, weights.w2, counts, kind=self.kind, backend=self.backend)
+        """The first `counts[0]` rows go through the first of these experts, and so on."""
         return expert_rows_in_pieces(rows, weights, counts, kind=self.kind, backend=self.backend)

@@ -2,7 +2,7 @@
 
 A layer exchanges counts first, the one moment at which the host waits; every rank then finds the same plan, and rows
 travel in one round, or in several where a rank would receive more than it has room for. What arrives is sorted by
-expert, and of an expert by source, so results do not depend on timing. Copies of experts travel ahead (`banks`).
+expert, and of an expert by source, so results do not depend on timing. Copies of experts travel ahead (`materialize`).
 
 Dims: T tokens of this rank, R rows of theirs, N rows that arrive, P ranks, E experts, M experts that are here, D width.
 """
@@ -26,8 +26,9 @@ from moesaic.kernels.expert_rows import ExpertPieces
 from moesaic.moe.experts import Experts
 from moesaic.moe.routing import Plan
 from moesaic.parallel.agree import made_alike
-from moesaic.parallel.banks import BackwardBegins, BackwardNeeds, Gather, Materialized, OwnedBank
+from moesaic.parallel.banks import Gather, OwnedBank
 from moesaic.parallel.collectives import Wanted, uploaded
+from moesaic.parallel.materialize import BackwardBegins, BackwardNeeds, Materialized
 from moesaic.parallel.placement import Counts, Present, Round, Topology, digest, rounds, token_plan
 from moesaic.parallel.plans import PlanError, check_form
 from moesaic.parallel.ranks import waiting_for
@@ -54,7 +55,7 @@ class Traffic:
 
 @dataclass
 class AllToAll:
-    """Brings rows to the owners of their experts and back."""
+    """Brings rows to where their experts are, owners or copies, and back."""
 
     group: dist.ProcessGroup
     """Those who share the experts; only rows travel in it, and between steps experts that move."""

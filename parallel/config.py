@@ -39,9 +39,10 @@ class OwnedExperts:
     """What the planner reckons with, in picoseconds. None: measured when the run starts, and kept in its checkpoints.
     Given, two runs make the same plans, and compute the same bit for bit."""
     rematerialize: bool = False
-    """Free experts' matrices between a layer's forward and backward pass, and bring copies once more: least memory."""
+    """Free copies between a layer's forward and backward pass, and bring them once more: least memory."""
     prefetch: int = 1
-    """Blocks ahead for which copies are sent; 0: not before a layer needs them."""
+    """When copies leave. 0: when a layer needs them; 1: when its block begins; 2: when the block before it begins, and
+    so on. In a backward pass: as many layers ahead."""
     accumulate: Literal["each", "last"] = "each"
     """When gradients of copies travel: with `each` micro-batch, or with the `last` of a step, which keeps them, and
     without `rematerialize` the copies too, until then."""
@@ -76,10 +77,10 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages."""
     dp_replicate: int = 1
-    """Copies of the model, each over `dp_shard` ranks. All copies see different tokens."""
+    """Replicas of the model, each over `dp_shard` ranks. They see different tokens."""
     dp_shard: int | None = None
-    """Ranks that share one copy's weights, gradients and optimizer state (FSDP). None: all that there are, divided by
-    `dp_replicate`."""
+    """Ranks that share one replica's weights, gradients and optimizer state (FSDP). None: all that there are, divided
+    by `dp_replicate`."""
     experts: ShardedExperts | OwnedExperts = ShardedExperts()
     """Where experts live."""
     cp: int = 1
@@ -91,7 +92,7 @@ class ParallelConfig:
     timeout: float = 600.0
     """Seconds without progress after which a rank gives up on the others."""
     compile: bool = False
-    """Compile attention and the expert function with torch.compile."""
+    """Compile attention, dense feed-forwards and shared experts with torch.compile."""
 
     def __post_init__(self) -> None:
         for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
@@ -107,7 +108,7 @@ class ParallelConfig:
         return self.experts if isinstance(self.experts, OwnedExperts) else None
 
     def shards(self, world_size: int) -> int:
-        """Ranks that share one copy."""
+        """Ranks that share one replica."""
         return self.dp_shard or world_size // self.dp_replicate
 
     @property

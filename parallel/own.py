@@ -27,7 +27,7 @@ def own_experts(
 ) -> None:
     """Put the experts of all banks of `model` into slot tables, `model.slots`, and let its layers send tokens.
 
-    In place. The owners of one copy of the model are its `dp_shard` ranks; `owners` numbers them from 0 (None: evenly).
+    In place. The owners of a replica of the model are its `dp_shard` ranks, numbered from 0 in `owners` (None: evenly).
     Values are to be initialised or loaded afterwards. Raises ValueError, on every rank, where ranks have unlike banks,
     or nodes of unequal sizes do not allow two levels.
     """
@@ -37,7 +37,7 @@ def own_experts(
     per_node = agreed(banks, ranks, owned.levels)
     # groups of their own: rows must not queue behind the gathering of other weights
     mesh = init_device_mesh(
-        ranks.mesh.device_type, tuple(ranks.mesh.shape), mesh_dim_names=("copies", "owners")
+        ranks.mesh.device_type, tuple(ranks.mesh.shape), mesh_dim_names=("replicas", "owners")
     )
     group = mesh.get_group("owners")
     limit_waits(mesh.get_all_groups(), config)
@@ -102,7 +102,7 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
 def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config: ParallelConfig) -> Copying:
     """How copies travel, in groups of their own; collective over all ranks."""
     copies, gradients = (
-        [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("copies")] for _ in range(2)
+        [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("replicas")] for _ in range(2)
     )
     assert isinstance(copies, dist.ProcessGroup)
     assert isinstance(gradients, dist.ProcessGroup)

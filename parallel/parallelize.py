@@ -8,7 +8,6 @@ from torch import nn
 
 from moesaic.models.attention import Attention
 from moesaic.models.block import Block
-from moesaic.moe.experts import Experts
 from moesaic.moe.feedforward import FeedForward
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.own import own_experts, prefetch_copies
@@ -55,7 +54,7 @@ def parallelize(
 
 
 def compile_regions(unit: nn.Module) -> None:
-    """Compile attention and the feed-forward's matrix work; routing and dispatch stay outside."""
+    """Compile attention and dense feed-forwards; the experts' op is compiled as it is, and routing stays outside."""
     for module in unit.modules():
-        if isinstance(module, (Attention, Experts, FeedForward)):
+        if isinstance(module, (Attention, FeedForward)):
             module.compile()

@@ -1,8 +1,8 @@
 """Where experts live and where tokens go: pure functions of integers, computed alike on every rank.
 
-An owner map says which rank holds an expert's weights for good. A materialisation plan says on which ranks an expert is
-there for one step: on its owner, and wherever a copy was sent. A token plan follows from both, and from how many tokens
-each rank has for each expert. Nothing here communicates.
+An owner map says which rank holds an expert's weights from step to step. A materialisation plan says on which ranks an
+expert is there for one step: on its owner, and wherever a copy was sent. A token plan follows from both, and from how
+many tokens each rank has for each expert. Nothing here communicates.
 
 Dims: P ranks, E experts of a bank.
 """
@@ -137,9 +137,8 @@ def token_plan(
     An expert that is present on the source serves all of the source's tokens; else those of the same node share them
     evenly; else all that have it. What does not divide goes to one rank each; the source's number picks the first.
     """
-    ranks, experts = counts.shape
+    ranks = len(counts)
     node = topology.nodes()
-    plan = np.zeros((ranks, experts, ranks), np.int64)
     near = (node[:, None] == node)[:, :, None] & present  # (source, destination, expert)
     able = np.where(near.any(1, keepdims=True), near, present)
     own = np.eye(ranks, dtype=bool)[:, :, None] & present

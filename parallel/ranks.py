@@ -68,10 +68,6 @@ class Ranks:
         """The sum over all ranks, whose gradient is the sum of all ranks' gradients."""
         return values if self.mesh is None else _Sum.apply(values)  # type: ignore[return-value]
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes."""
-        return bool(self.sum(torch.tensor(float(flag))).item())
-
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order of rank; plain Python values."""
         if self.control is None:

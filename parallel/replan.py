@@ -94,7 +94,7 @@ class Replan:
         return {"plan/copies": float(sum(copies)), "plan/changed": float(len(changed))}
 
     def remember(self) -> None:
-        """Move the step's counts, of all copies of the model, to the banks' histories; one message."""
+        """Move the step's counts, of all replicas of the model, to the banks' histories; one message."""
         banks = self.slots.banks.values()
         every = [bank.loads for bank in banks]
         mesh = self.ranks.mesh

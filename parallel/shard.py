@@ -82,7 +82,7 @@ def reduce_on_backward(model: nn.Module, *, last: bool) -> None:
 def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
     """Sum the gradients of replicated parameters over all ranks, in one message; call after the last backward pass.
 
-    Of experts that are owned, every copy of the model has its own tokens' gradients: they are summed over the copies.
+    Of experts that are owned, every replica of the model has its own tokens' gradients: they are summed over replicas.
     """
     if ranks.mesh is None:
         return
@@ -92,7 +92,7 @@ def sum_replicated(model: nn.Module, ranks: Ranks) -> None:
     for table in slot_tables(model):
         if ranks.mesh["dp_replicate"].size() > 1:
             group = ranks.mesh.get_group("dp_replicate")
-            with waiting_for("the sum of experts' gradients over copies", group):
+            with waiting_for("the sum of experts' gradients over replicas", group):
                 dist.all_reduce(table.master.grad, group=group)
     parameters = replicated_parameters(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -196,7 +196,7 @@ class Slots(nn.ModuleList):
         topology: Topology,
         copying: "Copying",
     ) -> None:
-        """`group` holds the owners of one copy of the model; `owners` numbers them from 0. `copying`: see `banks`."""
+        """`group` holds the owners of a replica of the model; `owners` numbers them from 0. `copying`: see `banks`."""
         super().__init__(tables)
         self.banks = {bank.name: bank for bank in banks}
         self.owners, self.group, self.topology, self.copying = owners, group, topology, copying

@@ -21,19 +21,17 @@ RANK = {
     "configs": 0,
     "kernels": 0,
     "moe": 1,
-    "sparse": 1,
     "models": 2,
     "parallel": 3,
     "data": 3,
     "train": 4,
-    "convert": 5,
-    "launch": 6,
+    "launch": 5,
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted(name.removeprefix("moesaic.") for name in PROJECT["tool"]["setuptools"]["packages"][1:])
 FOLDERS = [name for name in PACKAGES if "." not in name]
 NUMERIC = {"torch", "triton", "numpy", "scipy", "jaxtyping"}
-ONLY_NUMERIC = {"kernels", "moe", "sparse", "models", "parallel"}
+ONLY_NUMERIC = {"kernels", "moe", "models", "parallel"}
 EXTRAS = {"data": "data", "train": "eval"}
 """Folders with extra dependencies, which are imported where they are used."""
 IMPORT_NAMES = {
@@ -216,7 +214,7 @@ def test_moe_imports_quickly_and_without_the_upper_layers(tmp_path: Path):
     seconds, modules = min(runs)
     assert seconds < 2, f"import moesaic.moe adds {seconds:.1f} s to import torch"
     heavy = {"pydantic", "typer", "rich", "tokenizers", "yaml", "tensorboardX", "safetensors"}
-    upper = {f"moesaic.{name}" for name in ("models", "parallel", "data", "train", "convert", "launch")}
+    upper = {f"moesaic.{name}" for name in ("models", "parallel", "data", "train", "launch")}
     assert (heavy | upper) & set(modules) == set()
 
 

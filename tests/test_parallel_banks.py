@@ -19,9 +19,9 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.routing import Routing
 from moesaic.moe.topk import TopKRouter
 from moesaic.parallel import all_to_all
-from moesaic.parallel.banks import Materialized
 from moesaic.parallel.collectives import Arrived, Transfer
 from moesaic.parallel.config import OwnedExperts, ParallelConfig
+from moesaic.parallel.materialize import Materialized
 from moesaic.parallel.own import own_experts
 from moesaic.parallel.placement import Present
 from moesaic.parallel.ranks import ranks_of

@@ -139,7 +139,7 @@ def drawn(ranks: int, times: int) -> list[Case]:
 
 def pairs(case: Case) -> set[tuple[int, object, int, object]]:
     """Every two values that a case brings together, but for an edge with a planner, of which there are too many, and
-    with copies of the model on all ranks, where no token travels. Nor must `hecate` meet everything: `calibrated` does
+    for replicas of the model on all ranks, where no token travels. Nor must `hecate` meet everything: `calibrated` does
     all that it does."""
     edge, plan = LAYOUT - 1, LAYOUT
     values = astuple(case)

@@ -1,7 +1,7 @@
 """The audit passes every shipped config, and catches planted bugs of the kinds that others have shipped."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from references import bias_of
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from typer.testing import CliRunner
 
@@ -21,8 +22,9 @@ from moesaic.models.block import Block
 from moesaic.moe.layer import MoE
 from moesaic.parallel import all_to_all, banks
 from moesaic.parallel import shard as shards
-from moesaic.parallel.collectives import Arrived, Transfer
+from moesaic.parallel.collectives import Arrived, Transfer, Wanted
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.materialize import Materialized
 from moesaic.parallel.placement import OwnerMap, even_owners
 from moesaic.parallel.ranks import ALONE, Ranks, ranks_of
 from moesaic.parallel.reshard import reshard
@@ -230,7 +232,7 @@ def test_owned_gradients_divided_by_ranks_are_caught(monkeypatch: pytest.MonkeyP
 
 
 def test_a_copy_left_out_of_the_sum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts learn from the tokens of their own copy of the model only."""
+    """Experts learn from the tokens of their own replica of the model only."""
     true = shards.sum_replicated
 
     def forgetful(model: torch.nn.Module, ranks: Ranks) -> None:
@@ -396,14 +398,14 @@ def test_copies_in_another_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_matrices_that_are_read_after_they_were_freed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would be gathered again for the backward pass."""
-    true = banks.Materialized.fill
+    true = Materialized.fill
 
-    def once(self: banks.Materialized) -> None:
+    def once(self: Materialized) -> None:
         if not self.filled and not hasattr(self, "had"):
             true(self)
             self.had = True  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(banks.Materialized, "fill", once)
+    monkeypatch.setattr(Materialized, "fill", once)
     with pytest.raises(RankFailedError, match="experts are read before they are here"):
         owned(EVERYWHERE, "parallel.experts.rematerialize=true", "parallel.recompute=none")
 
@@ -416,11 +418,10 @@ def test_copies_made_within_the_layer_without_a_gradient_are_caught(monkeypatch:
     assert owned(*calibrated) == {}
     true = banks.OwnedBank.give_back
 
-    def forgetful(self: banks.OwnedBank, use: banks.Materialized) -> None:
-        if self.rank == 1 and use.copied_gradients is not None:
-            late = [place for place, expert in enumerate(use.copied) if not self.present[1, expert]]
-            use.copied_gradients[late] = 0
-        true(self, use)
+    def forgetful(self: banks.OwnedBank, copied: Sequence[int], gradients: Tensor, wanted: Wanted) -> None:
+        if self.rank == 1:
+            gradients[[place for place, expert in enumerate(copied) if not self.present[1, expert]]] = 0
+        true(self, copied, gradients, wanted)
 
     monkeypatch.setattr(banks.OwnedBank, "give_back", forgetful)
     found = owned(*calibrated)

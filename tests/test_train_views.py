@@ -45,6 +45,7 @@ START = Start(
     train_tokens=4_100_000,
     eval_tokens=82_000,
     bytes_per_token=3.62,
+    epochs=2.4,
 )
 FULL = Progress(
     step=240,

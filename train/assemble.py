@@ -4,9 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,12 +96,6 @@ class Restored:
     tokenizer: Tokenizer
     compute: Compute
     step: int
-    meta: dict[str, Any]
-
-    @property
-    def token_bytes(self) -> np.ndarray | None:
-        """Bytes that each token stands for. None where they are not known."""
-        return self.tokenizer.token_bytes()
 
 
 def restore_run(run: RunConfig, folder: Path, *, step: int | None, say: Callable[[str], None]) -> Restored:
@@ -150,7 +142,7 @@ def load_model(run: RunConfig, folder: Path, checkpoint: Path) -> Restored:
                 f"{checkpoint}: {name} has shape {tuple(tensor.shape)}, the model {tuple(into[name].shape)}"
             )
         into[name].detach().copy_(tensor)
-    return Restored(model.to(device.device), tokenizer, compute_of(run, device), meta["step"], meta)
+    return Restored(model.to(device.device), tokenizer, compute_of(run, device), meta["step"])
 
 
 def print_warning(message: str) -> None:

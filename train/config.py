@@ -55,7 +55,7 @@ class EvalConfig:
     tokens: int = 65536
     """Held-out tokens per evaluation (at most what the corpus holds)."""
     prompts: tuple[str, ...] = ()
-    """Beginnings of the sample texts written at the end of a run. None: no samples."""
+    """Beginnings of the sample texts written at the end of a run. Empty: no samples."""
     sample_tokens: int = 120
     """Tokens per sample."""
     temperature: float = 0.8
@@ -102,16 +102,25 @@ class RunConfig:
     seed: int = 0
     """Fixes initial weights, order of samples and all noise."""
     model: Transformer.Config
+    """The transformer."""
     data: DataConfig
+    """The text, its tokenizer, and how it is cut into sequences."""
     train: TrainConfig
+    """Steps, batches, and how they compute."""
     optim: AdamWConfig | MuonConfig
+    """What turns gradients into steps, and the schedule of its rate."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model lies over processes."""
     kernels: Backend = "auto"
-    """What multiplies the experts' matrices. `auto`: on GPUs what is measured fastest for the layer's shape, on CPUs
-    compiled C++. `triton`: moesaic's kernels. `torch`: `F.grouped_mm`. `megablocks`: its package grouped_gemm."""
+    """What multiplies the experts' matrices. `auto`: on CPUs compiled C++; on GPUs what is measured fastest for the
+    layer's shape, or Triton where ranks own experts. `triton`: moesaic's kernels. `torch`: `F.grouped_mm`.
+    `megablocks`: its package grouped_gemm."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written, and which are kept."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured on held-out text, and the samples."""
     log: LogConfig = field(default_factory=LogConfig)
+    """What is recorded along the way."""
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or self.name in ("", ".", "..") or set(self.name) & set("/\\"):

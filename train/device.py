@@ -102,10 +102,9 @@ def tune_host() -> None:
     """Process-wide settings for CPU training: denormals are zero, and freed tensors are kept for the next step.
 
     glibc gives large blocks back to the kernel at every free, and the kernel zeroes them at every new use: page faults
-    then cost more than the arithmetic on activations. Large tensors get large pages: matrix products walk down columns,
-    and with small pages each step is a page of its own. torch reads that setting at its first tensor.
+    then cost more than the arithmetic on activations. Blocks are not aligned to large pages: glibc before 2.38 finds no
+    use for freed ones of the same size then, and memory grows with every step of uneven sizes.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

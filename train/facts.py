@@ -42,12 +42,10 @@ class Start:
     eval_tokens: int
     bytes_per_token: float | None
     """None where it is not known what the ids stand for; so are bits per byte."""
+    epochs: float
+    """Passes over the corpus in the whole run; of a mixture, over the part that is repeated most."""
     resumed_from: int | None = None
     """Step of the checkpoint that this start continues from; None: a new run."""
-
-    @property
-    def epochs(self) -> float:
-        return self.steps * self.batch_tokens / self.train_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

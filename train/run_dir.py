@@ -3,10 +3,14 @@
     dir/name/
         config.yaml         the resolved run; config.1.yaml, ... are older ones that a resumed start replaced
         environment.json    one entry per start: versions, machine, repository, command, and how it ended
+        data.json           what the text was made of: files and digests
+        tokenizer/          what turns text into ids and back
         log.txt             everything that was said, with times
         metrics.jsonl       one record per line (`train/writers.py`)
         checkpoints/        `train/checkpoints.py`
-        routing.npz         with log.routing: who sent how many tokens to which expert (`train/recorder.py`)
+        routing.npz         with log.routing: who sent how many tokens to which expert (`train/recorder.py`), from
+                            routing.raw, which grows along the run
+        profile/            with --profile: where the time of some steps went
         tensorboard/        event files
         samples.txt         texts the model wrote
         report.html         all of this as one page (`train/report.py`)

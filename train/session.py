@@ -158,7 +158,9 @@ def work(
     if ranks.first:
         resumed_from = tally.step or None
         display.start(
-            start_of(run, accounting, prepared, device, trainee, folder.path, resumed_from=resumed_from)
+            start_of(
+                run, accounting, prepared, loader, device, trainee, folder.path, resumed_from=resumed_from
+            )
         )
         for line in costs_to_paste(measured_costs(trainee.rules)):
             folder.say(f"{line}; as parallel.experts.costs they make another run plan with the same prices")
@@ -298,6 +300,7 @@ def start_of(
     run: RunConfig,
     accounting: Accounting,
     prepared: Prepared | Mixture,
+    loader: Batches,
     device: Device,
     trainee: Trainee,
     folder: Path,
@@ -341,6 +344,7 @@ def start_of(
         train_tokens=summary["splits"]["train"]["tokens"],
         eval_tokens=summary["splits"]["eval"]["tokens"],
         bytes_per_token=summary["bytes_per_token"],
+        epochs=loader.epoch(run.train.steps),
         resumed_from=resumed_from,
     )
 

@@ -64,6 +64,7 @@ def start_view(start: Start) -> RenderableType:
                 "" if start.bytes_per_token is None else f" of {start.bytes_per_token:.2f} bytes",
                 "\n",
                 ("*", epochs),
+                " of the part that is repeated most" if start.corpus == "mixture" else "",
                 f"; {count(start.eval_tokens)} tokens held out",
             ),
         ),

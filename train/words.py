@@ -29,8 +29,8 @@ def layout_in_words(run: RunConfig, ranks: int) -> str:
     """Processes, mesh, and experts of a layer that each rank owns, in a few words."""
     if ranks == 1:
         return "1 process"
-    copies, shards = run.parallel.dp_replicate, run.parallel.shards(ranks)
-    words = f"{ranks} processes: dp_replicate {copies} x dp_shard {shards}"
+    replicas, shards = run.parallel.dp_replicate, run.parallel.shards(ranks)
+    words = f"{ranks} processes: dp_replicate {replicas} x dp_shard {shards}"
     banks = {
         ffn.bank or f"layer{layer}": ffn.num_experts
         for layer, ffn in enumerate(run.model.ffns())

@@ -97,11 +97,6 @@ def each_record(path: Path) -> Iterator[dict[str, Any] | None]:
             yield _record_of(line)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a `metrics.jsonl`, in order."""
-    return [record for record in each_record(path) if record is not None]
-
-
 def _step_of(line: str) -> int | None:
     """Step of one line; None where the line is torn."""
     record = _record_of(line)

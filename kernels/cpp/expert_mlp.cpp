@@ -168,17 +168,22 @@ void outer(const Experts<T>& given, const Segment& s, const T* grads, const T* r
 
 // One slice of one expert's weight gradient.
 struct Slice {
+    int64_t expert;
     bool second;  // of w2
     int64_t first, size;
 };
 
-// By sizes only: several per expert where there are few experts.
-inline std::vector<Slice> slices_of(int64_t experts, int64_t inputs, int64_t dim) {
-    const int64_t parts = std::max<int64_t>(1, 16 / std::max<int64_t>(1, experts));
+// By counts only: an expert with a large share of all rows has several, which threads share; the others are not cut, as
+// every product costs a pass over its rows.
+inline std::vector<Slice> slices_of(const int64_t* counts, int64_t experts, int64_t rows, int64_t inputs, int64_t dim) {
     std::vector<Slice> found;
-    for (bool second : {false, true}) {
-        const int64_t all = second ? dim : inputs, size = std::max<int64_t>(64, round_up((all + parts - 1) / parts, 16));
-        for (int64_t first = 0; first < all; first += size) found.push_back({second, first, std::min(size, all - first)});
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t parts = std::max<int64_t>(1, 8 * counts[e] / std::max<int64_t>(1, rows));
+        for (bool second : {false, true}) {
+            const int64_t all = second ? dim : inputs, size = std::max<int64_t>(64, round_up((all + parts - 1) / parts, 16));
+            for (int64_t first = 0; first < all; first += size)
+                found.push_back({e, second, first, std::min(size, all - first)});
+        }
     }
     return found;
 }
@@ -207,18 +212,21 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
               T* const* grad_w1, T* const* grad_w2, const int64_t* add, T* grad_gates, T* memory, T* kept) {
     const int64_t dim = given.dim, width = given.width, inputs = given.inputs;
     std::vector<Segment> segments = segments_of(given.counts, given.experts, given.target);
-    const std::vector<Slice> slices = slices_of(given.experts, inputs, dim);
+    const std::vector<Slice> slices = slices_of(given.counts, given.experts, given.num_rows, inputs, dim);
     const int64_t most = given.most(), buffers = most * (2 * dim + inputs + width) + round_up(inputs, 16);
     const int64_t slots = segments.empty() ? 0 : segments.back().slot + round_up(segments.back().rows, 16);
     std::vector<int64_t> begins(given.experts + 1, segments.size());  // first segment of each expert
     for (int64_t i = segments.size() - 1; i >= 0; --i) begins[segments[i].expert] = i;
     for (int64_t e = given.experts - 1; e >= 0; --e)
         if (!given.counts[e]) begins[e] = begins[e + 1];
+    std::vector<size_t> slice_begins(given.experts + 1, slices.size());  // first slice of each expert
+    for (size_t i = slices.size(); i-- > 0;) slice_begins[slices[i].expert] = i;
     std::vector<Segment> work = segments;
     take_turns(work, given.threads);
     std::vector<std::atomic<int64_t>> done(given.experts);  // segments whose gradients are added
     for (auto& count : done) count = 0;
-    std::atomic<int64_t> next(0), next_slice(0), thread(0);
+    std::atomic<size_t> next(0), next_slice(0);
+    std::atomic<int64_t> thread(0);
 #pragma omp parallel num_threads(given.threads)
     {
         T* const gathered = memory + thread++ * buffers;
@@ -247,21 +255,22 @@ void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidde
             if (kept) continue;
             const T* const tokens = given.gather(x, s, gathered);
             while (done[s.expert].load(std::memory_order_acquire) != s.turn) std::this_thread::yield();
-            for (const Slice& slice : slices)
+            for (size_t task = slice_begins[s.expert]; task < slice_begins[s.expert + 1]; ++task) {
+                const Slice& slice = slices[task];
                 if (slice.second)
                     outer(given, s, grad_rows, active, dim, width, slice.first, slice.size, add[s.expert], grad_w2[s.expert]);
                 else
                     outer(given, s, grad_hidden, tokens, inputs, dim, slice.first, slice.size, add[s.expert],
                           grad_w1[s.expert]);
+            }
             done[s.expert].store(s.turn + 1, std::memory_order_release);
         }
         if (kept || given.tokens) {
 #pragma omp barrier
         }
-        const int64_t tasks = given.experts * slices.size();
-        for (int64_t task = next_slice++; task < tasks; task = next_slice++) {
-            const int64_t e = task / slices.size();
-            const Slice& slice = slices[task % slices.size()];
+        for (size_t task = next_slice++; task < slices.size(); task = next_slice++) {
+            const Slice& slice = slices[task];
+            const int64_t e = slice.expert;
             const int64_t stride = slice.second ? width : dim;
             T* const out = slice.second ? grad_w2[e] : grad_w1[e];
             if (!given.counts[e] && !add[e]) std::memset(out + slice.first * stride, 0, slice.size * stride * sizeof(T));

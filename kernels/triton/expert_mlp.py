@@ -40,8 +40,6 @@ from moesaic.kernels.triton.variant import INTERPRETED, Variant
 if TYPE_CHECKING:
     from moesaic.kernels.plan import Routes
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def forward(
     x: Tensor,
