@@ -390,7 +390,8 @@ def main() -> None:
         )
         print(sections[0], flush=True)
     for name, shape in shapes.items():
-        write(sections)
+        if not options.dry:
+            write(sections)
         for load in options.loads:
             inputs = make_inputs(shape, load, device, dtype)
             most = (
@@ -407,7 +408,8 @@ def main() -> None:
         if options.tune and not options.dry:
             sections.append(tune(make_inputs(shape, "balanced", device, dtype), options.rounds))
             print(sections[-1], flush=True)
-    write(sections)
+    if not options.dry:
+        write(sections)
 
 
 def write(sections: list[str]) -> None:

@@ -74,6 +74,7 @@ class Sequences(Windows):
     """What every corpus of text needs besides: a tokenizer."""
 
     tokenizer: TokenizerConfig = field(default_factory=BpeTokenizer)
+    """What turns text into ids."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,7 @@ class ZLoss:
         check_coef(self.coef)
 
     def sums(self, routing: Routing, inputs: RouterInput) -> Sums:
+        """Summed squares, a scalar."""
         squares = routing.logits.logsumexp(-1).square()
         return ((squares if inputs.valid is None else squares * inputs.valid).sum(),)
 

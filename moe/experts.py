@@ -34,8 +34,8 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class WeightSource(Source, Protocol):
-    """All of its experts are here; it supplies their weights."""
+class WeightSource(Protocol):
+    """A source whose experts are all here; it supplies their weights."""
 
     def weights(self, dtype: torch.dtype) -> Weights: ...
 

@@ -146,6 +146,7 @@ def placed(order: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def early(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
+    """Shares (N, E) of R1."""
     order, shares = random.permutation(shape.experts), np.empty((shape.steps, shape.experts))
     for step in range(shape.steps):
         weights = zipf(1.7 - 0.6 * min(1.0, step / 500), shape.experts)
@@ -156,6 +157,7 @@ def early(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
 
 
 def unbalanced(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
+    """Shares (N, E) of R2."""
     ranks = min(shape.sources, shape.experts)
     groups = np.array_split(np.arange(shape.experts), ranks)
     peak = random.uniform(1.55, max(1.55, min(2.45, 0.9 * ranks)))
@@ -183,6 +185,7 @@ def peaked(peak: float, count: int) -> np.ndarray:
 
 
 def balanced(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
+    """Shares (N, E) of R3."""
     weights = zipf(random.uniform(0.3, 0.9), shape.experts)
     memory = random.uniform(0.5, 0.9)
     order, shares = random.permutation(shape.experts), np.empty((shape.steps, shape.experts))
@@ -195,6 +198,7 @@ def balanced(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarra
 
 
 def one_domain(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
+    """Shares (N, E) of R4."""
     weights = zipf(random.uniform(0.7, 0.95), shape.experts)
     order = (random.integers(shape.experts) + np.arange(shape.experts)) % shape.experts
     shares = np.empty((shape.steps, shape.experts))
@@ -206,6 +210,7 @@ def one_domain(shape: Shape, layer: int, random: np.random.Generator) -> np.ndar
 
 
 def uniform(shape: Shape, layer: int, random: np.random.Generator) -> np.ndarray:
+    """Shares (N, E) of R5."""
     return np.full((shape.steps, shape.experts), 1 / shape.experts)
 
 

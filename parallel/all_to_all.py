@@ -82,6 +82,7 @@ class AllToAll:
         experts: Experts,
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "T D"]:
+        """See `moe.dispatch.Dispatcher`. All ranks call it together, those without tokens too."""
         coming = self.coming or self.bank.gather(x.dtype)
         self.coming = None
         here, turns = self.plan(plan)

@@ -54,7 +54,7 @@ def parallelize(
 
 
 def compile_regions(unit: nn.Module) -> None:
-    """Compile attention and dense feed-forwards; the experts' op is compiled as it is, and routing stays outside."""
+    """Compile attention, dense feed-forwards and shared experts; the experts' op has kernels of its own."""
     for module in unit.modules():
         if isinstance(module, (Attention, FeedForward)):
             module.compile()

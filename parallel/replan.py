@@ -102,7 +102,7 @@ class Replan:
             flat = np.concatenate([counts.reshape(-1) for counts in every])
             total = torch.from_numpy(flat).to(mesh.device_type)
             group = mesh.get_group("dp_replicate")
-            with waiting_for("the sum of experts' loads over copies", group):
+            with waiting_for("the sum of experts' loads over replicas", group):
                 dist.all_reduce(total, group=group)
             parts = total.cpu().split([counts.size for counts in every])
             every = [part.view(counts.shape).numpy() for part, counts in zip(parts, every, strict=True)]

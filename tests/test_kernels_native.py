@@ -133,10 +133,17 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         expert_rows: lambda x, w: expert_rows(
             x, w.view(3, 1, 2, -1), w.view(3, 2, -1).mT.contiguous(), counts, kind="gelu"
         ),
+        "in slices of 64": lambda x, w: expert_rows(
+            x.repeat(1, 4),
+            w.repeat(120, 1)[:600].view(3, 1, 200, 48).repeat(1, 1, 1, 4),
+            w.repeat(100, 1).view(3, 200, 48).mT.repeat(1, 4, 1).contiguous(),
+            counts,
+            kind="gelu",
+        ),
     }
     for op, call in calls.items():
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             leaves = [x.clone().requires_grad_(), torch.linspace(-1, 1, 6 * 48).view(6, 48).requires_grad_()]
             y = call(*leaves)

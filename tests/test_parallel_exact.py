@@ -32,7 +32,7 @@ from moesaic.parallel.spawn import run_ranks
 from moesaic.train import audit as audits
 from moesaic.train.assemble import Trainee
 from moesaic.train.config import RunConfig
-from moesaic.train.rules import Plan
+from moesaic.train.rules import PlanCopies
 
 STEPS = 3
 """Of the slow tests; the others take two. Experts move before each, from the second on with their moments."""
@@ -227,7 +227,7 @@ class Before:
             popular = 40 * chance.random(len(bank.owners)) ** 4
             bank.history = bank.history or [chance.poisson(popular, bank.loads.shape)]
         for rule in trainee.rules:
-            if isinstance(rule, Plan):
+            if isinstance(rule, PlanCopies):
                 rule.replan.plan()
         if self.case.plan == "random":
             for bank in slots.banks.values():

@@ -316,7 +316,9 @@ EVERYWHERE = "parallel.experts.plan.kind=replicate_all"
 
 
 def test_copies_pass() -> None:
-    assert owned(EVERYWHERE, "parallel.experts.accumulate=last") == {}
+    found = run_audit("parallel.experts.kind=owned", EVERYWHERE, "parallel.experts.accumulate=last")
+    assert failed(found) == {}
+    assert "owned experts, copies by replicate_all" in found.layout
     assert owned(EVERYWHERE, "parallel.experts.rematerialize=true", ranks=3) == {}
 
 

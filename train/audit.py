@@ -31,6 +31,7 @@ from moesaic.train.config import RunConfig
 from moesaic.train.device import Device
 from moesaic.train.evaluate import evaluate
 from moesaic.train.optim import MuonConfig, build_optimizer
+from moesaic.train.words import copies_in_words
 
 LIMIT = 1e-10
 VOCAB, SEQ_LEN, STEPS = 61, 24, 2
@@ -114,8 +115,8 @@ def audit(run: RunConfig, *, ranks: int | None = None, timeout: float = 300.0) -
     words = [f"dp_replicate {layout.dp_replicate} x dp_shard {layout.shards(ranks)}"]
     if layout.owned is not None:
         most = layout.owned.max_rows
-        words += ["owned experts" + (f" in rounds of {most} rows" if most else "")]
-        words += ["that move"] if layout.owned.rebalance else []
+        about = "owned experts" + (f" in rounds of {most} rows" if most else "")
+        words += [about + (" that move" if layout.owned.rebalance else "") + copies_in_words(layout.owned)]
     words += [f"{small.train.micro_batches} micro-batches"]
     words += [
         name for name, on in (("recompute", layout.recompute != "none"), ("compile", layout.compile)) if on

@@ -142,7 +142,7 @@ class Rebalance:
 
 
 @dataclass
-class Plan:
+class PlanCopies:
     """Plans anew, after every step, which ranks get copies of which experts."""
 
     replan: Replan
@@ -178,7 +178,7 @@ def rules_of(
     if owned is not None and owned.rebalance and optimizer is not None and slots_of(model) is not None:
         rules.append(Rebalance(owned.rebalance, optimizer, owned.owners))
     if replan is not None:
-        rules.append(Plan(replan))
+        rules.append(PlanCopies(replan))
     return rules
 
 
@@ -190,7 +190,7 @@ def states_of(rules: Iterable[Rule], model: Transformer) -> dict[str, Any]:
 def measured_costs(rules: Iterable[Rule]) -> Mapping[str, Costs]:
     """Prices by bank that were measured for planners; none where they are given, or where no planner asks for them."""
     for rule in rules:
-        if isinstance(rule, Plan) and rule.replan.owned.costs is None:
+        if isinstance(rule, PlanCopies) and rule.replan.owned.costs is None:
             asked = not isinstance(rule.replan.owned.plan, ReplicateAllConfig)
             return rule.replan.costs if asked else {}
     return {}

@@ -173,12 +173,12 @@ struct Slice {
     int64_t first, size;
 };
 
-// By counts only: an expert with a large share of all rows has several, which threads share; the others are not cut, as
-// every product costs a pass over its rows.
+// By counts only. An expert with a large share of all rows has several, which threads share; one with about an eighth or
+// less has one per matrix, as every product costs a pass over its rows.
 inline std::vector<Slice> slices_of(const int64_t* counts, int64_t experts, int64_t rows, int64_t inputs, int64_t dim) {
     std::vector<Slice> found;
     for (int64_t e = 0; e < experts; ++e) {
-        const int64_t parts = std::max<int64_t>(1, 8 * counts[e] / std::max<int64_t>(1, rows));
+        const int64_t parts = 32 * counts[e] <= 5 * rows ? 1 : 16 * counts[e] / rows;
         for (bool second : {false, true}) {
             const int64_t all = second ? dim : inputs, size = std::max<int64_t>(64, round_up((all + parts - 1) / parts, 16));
             for (int64_t first = 0; first < all; first += size)
@@ -206,7 +206,7 @@ inline void take_turns(std::vector<Segment>& segments, int64_t threads) {
 
 // memory: per thread `most` rows of 2 dim + inputs + width, and one row of inputs. kept: null, or memory for the gradients
 // of the hidden layer and the gated activations of all segments; with it gradients of weights are formed at the end, by
-// slices, which scales to more threads than there are experts. The arithmetic is the same.
+// slices, which threads share where few experts have most rows. The arithmetic is the same.
 template <class Kind, class T, class S>
 void backward(const Experts<T>& given, const T* grad, const T* x, const S* hidden, T* rows, T* grad_x,
               T* const* grad_w1, T* const* grad_w2, const int64_t* add, T* grad_gates, T* memory, T* kept) {
