@@ -2,7 +2,7 @@
 (all but `batched_mm`, which copies weights for every assignment).
 
 Same weights and tokens on all sides; outputs and gradients are compared before anything is timed. Results:
-bench/results/moe_layer.md.
+bench/results/moe_layer.md, with suffixes for a busy core and for bf16 alone.
 
     python bench/moe_layer.py [--threads 1 2] [--rounds 9] [--dtypes float32 bfloat16] [--shapes 0 1 2] [--busy]
 
@@ -53,6 +53,7 @@ def main() -> None:
                 print(sections[-1], flush=True)
     command = "python bench/moe_layer.py " + " ".join(sys.argv[1:])
     name = "moe_layer_busy" if options.busy else "moe_layer"
+    name += "_bfloat16" if options.dtypes == ["bfloat16"] else ""
     write_result(name, "One MoE layer, forward and backward", command.strip(), max(options.threads), sections)
 
 
