@@ -28,7 +28,7 @@ from moesaic.moe.routing import Plan
 from moesaic.parallel.agree import made_alike
 from moesaic.parallel.banks import Gather, OwnedBank
 from moesaic.parallel.collectives import Wanted, uploaded
-from moesaic.parallel.materialize import BackwardBegins, BackwardNeeds, Materialized
+from moesaic.parallel.materialize import Materialized, OnGradient
 from moesaic.parallel.placement import Counts, Present, Round, Topology, digest, rounds, token_plan
 from moesaic.parallel.plans import PlanError, check_form
 from moesaic.parallel.ranks import waiting_for
@@ -193,7 +193,7 @@ class AllToAll:
         undone = inverse(order)
         out = experts.run(weights, _Reorder.apply(arrived, order, undone), counts)
         if use.freed:
-            out = BackwardNeeds.apply(out, use)
+            out = OnGradient.apply(out, use.bring_back)
         out = _Reorder.apply(out, undone, order)
         back = Travel(self, "rows from their experts", turn.receive.tolist(), turn.send.tolist())
         return back.finish(back.start(out)), aside
@@ -208,7 +208,7 @@ class AllToAll:
                 self.prefetch, use.dtype, use.wanted
             )  # a lambda would hold the use that holds it
         self.bank.copying.order.append(use)
-        return BackwardBegins.apply(y, use)  # type: ignore[no-any-return]
+        return OnGradient.apply(y, partial(self.bank.copying.again, use))  # type: ignore[no-any-return]
 
     def _exact(self, counts: Counts) -> Present:
         """What the planner wants, now that counts are known."""

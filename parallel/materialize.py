@@ -1,8 +1,8 @@
 """Experts of a bank on one rank for as long as a layer needs them: own ones and copies.
 
-The experts' op reads them where they lie, and writes their gradients where those belong. Three functions mark the
-places in the graph where copies are sent for, waited for, and given back. FSSDP: Qing et al., arXiv:2502.02581,
-section 3.
+The experts' op reads them where they lie, and writes their gradients where those belong. Two functions mark the places
+in the graph where copies are sent for or waited for, and where their gradients are given back. FSSDP: Qing et al.,
+arXiv:2502.02581, section 3.
 
 Dims: L length of a row, M experts that are here.
 """
@@ -135,6 +135,11 @@ class Materialized:
         elif not self.filled and not self.gathers:
             self.gathers = [Gather(self.bank, self.dtype, self.wanted)]
 
+    def bring_back(self) -> None:
+        """Have all experts here again, sent for by now or earlier."""
+        self.regather()
+        self.fill()
+
     def forget(self) -> None:
         """Let go of the rows; autograd keeps them where it needs them."""
         self._rows, self._spare = [], []
@@ -165,30 +170,15 @@ class _Materialize(torch.autograd.Function):
         return None, None
 
 
-class BackwardBegins(torch.autograd.Function):
-    """A layer's output as it is; its gradient's arrival lets copies be gathered again."""
+class OnGradient(torch.autograd.Function):
+    """A tensor as it is; when its gradient comes, `act` is called before the gradient goes on."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, use: Materialized) -> Tensor:
-        ctx.use = use
+    def forward(ctx: Any, y: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.use.bank.copying.again(ctx.use)
-        return grads[0], None
-
-
-class BackwardNeeds(torch.autograd.Function):
-    """The experts' output as it is; its gradient waits until the experts are there again."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, use: Materialized) -> Tensor:
-        ctx.use = use
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.use.regather()
-        ctx.use.fill()
+        ctx.act()
         return grads[0], None
