@@ -26,7 +26,7 @@ from moesaic.train.device import tune_host
 
 SHAPES = [(512, 1024, 8, 2, 4096), (512, 256, 64, 8, 4096), (1024, 512, 32, 4, 2048)]
 """D, F, E, K, T."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference over the largest value, between two ways to round."""
 SLOW = "batched_mm"
 """Copies weights for every assignment: gigabytes at these sizes."""
@@ -76,6 +76,7 @@ def candidates(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable
     ours = MoE(MoE.Config(num_experts=E, hidden=F, router=TopKRouter.Config(k=K)), D)
     assert ours.bank is not None
     x, grad = torch.randn(T, D).to(dtype), torch.randn(T, D).to(dtype)
+    separate_logits(ours.router.gate, x)
     ours.to(dtype)
     weights = LayerTensors(ours.router.gate.detach(), ours.bank.w1.detach(), ours.bank.w2.detach())
     peers = {name: peer for name, peer in layer_peers(D, F, E, K, dtype=dtype).items() if SLOW not in name}
@@ -113,13 +114,20 @@ def outputs(layer: Callable[[Tensor], Tensor] | LayerPeer, x: Tensor, grad: Tens
     return y.detach(), leaf.grad
 
 
+@torch.no_grad()
+def separate_logits(gate: Tensor, x: Tensor) -> None:
+    """Every token's logits are its first E features, E distinct numbers in random order, exact in bf16: layers that
+    round logits differently would otherwise send tokens to different experts."""
+    E = len(gate)
+    gate.copy_(torch.eye(E, gate.shape[1]))
+    x[:, :E] = torch.rand(len(x), E).argsort(-1) / (E / 4) - 2
+
+
 def compare(name: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    """In bf16 a router may tip between two experts: a few tokens are allowed to differ there."""
     for mine, theirs in zip(want, got, strict=True):
-        errors = (mine.float() - theirs.float()).abs().amax(-1) / mine.float().abs().max()
-        allowed = 0 if dtype == torch.float32 else 0.02
-        if (errors > TOLERANCE[dtype]).float().mean() > allowed:
-            raise ValueError(f"{name}: differs by {errors.max():.2e}; no times for different functions")
+        error = ((mine.float() - theirs.float()).abs().max() / mine.float().abs().max()).item()
+        if error > TOLERANCE[dtype]:
+            raise ValueError(f"{name}: differs by {error:.2e}; no times for different functions")
 
 
 def dense_products(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], object]:
