@@ -336,13 +336,26 @@ def tune(inputs: Inputs, rounds: int) -> str:
 
     choices = TABLES["many rows"]
     others = {
-        "hidden": [Blocks(128, 128, 64, 8, 4), Blocks(128, 64, 64, 4, 3, 2), Blocks(128, 64, 64, 4, 4, 1)],
-        "product": [Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 8, 3, 2)],
-        "deep product": [Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 4, 3, 2)],
+        "hidden": [
+            Blocks(128, 128, 64, 8, 3),
+            Blocks(128, 128, 64, 8, 4, parts=4, tma=True),
+            Blocks(128, 64, 64, 4, 3, 2, parts=4, tma=True),
+        ],
+        "product": [
+            Blocks(128, 128, 64, 4, 3, 2),
+            Blocks(128, 256, 64, 8, 3, tma=True),
+            Blocks(128, 256, 64, 8, 4, tma=True),
+            Blocks(128, 128, 64, 8, 3, 2, tma=True),
+        ],
+        "deep product": [
+            Blocks(128, 256, 64, 8, 3),
+            Blocks(128, 256, 64, 8, 4, tma=True),
+            Blocks(128, 128, 64, 4, 3, 2, tma=True),
+        ],
         "gradient": [
             Blocks(128, 256, 64, 8, 3, 1, parts=4),
-            Blocks(128, 128, 64, 8, 3),
-            Blocks(128, 128, 64, 8, 4),
+            Blocks(128, 128, 64, 8, 3, parts=4, tma=True),
+            Blocks(128, 128, 64, 8, 4, parts=4, tma=True),
         ],
         "outer": [Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 4, 3, 2), Blocks(128, 128, 64, 8, 3, 2)],
     }
@@ -360,6 +373,7 @@ def tune(inputs: Inputs, rounds: int) -> str:
             more = (
                 f"{blocks.warps} warps, {blocks.stages} stages, {blocks.per_sm} per SM, {blocks.parts} parts"
             )
+            more += ", TMA" if blocks.tma else ""
             rows.append([role, sizes, more + (", shipped" if blocks is shipped else ""), took])
         choices[role] = shipped
     return table(["product", "tile", "launch", "ms of a step"], rows)

@@ -1,7 +1,7 @@
 """Compile every shipped Triton kernel for GPUs that are not here; read registers, spills and shared memory.
 
-A variant fails where it keeps values on the stack, asks for more shared memory than the GPU has, or is a matrix product
-without tensor cores. Results: bench/results/triton_compile.md.
+A variant fails where it keeps values on the stack, asks for more shared memory than the GPU has, is a matrix product
+without tensor cores, or takes descriptors of tiles and does not copy by them. Results: bench/results/triton_compile.md.
 
     python bench/triton_table.py [--targets sm_80 sm_90 sm_100 gfx942] [--only PREFIX] [--json] [--write]
 """
@@ -45,6 +45,8 @@ MATRIX = {
     "gfx942": "v_mfma",
 }
 """The instructions of tensor cores."""
+TMA = r"\bUTMALDG"
+"""The instruction of NVIDIA GPUs from Hopper on that copies a tile."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -107,6 +109,8 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
         problems.append(f"{built.metadata.shared} bytes of shared memory, more than {limit}")
     if variant.matrix and not matrix:
         problems.append("no tensor cores")
+    if any(kind.startswith("tensordesc") for kind in signature.values()) and not re.search(TMA, text):
+        problems.append("no TMA")
     return Compiled(variant.name, target, registers, stack, built.metadata.shared, matrix, tuple(problems))
 
 

@@ -221,6 +221,43 @@ def test_triton_means_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         run(case, "swiglu", torch.float64, "gpu" if device.type == "cuda" else "triton")
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_tiles_that_hardware_copies(engine: str, kind: ExpertKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMA or addresses: the same bits, at sizes that no tile divides."""
+    if engine not in ("triton", "gpu"):
+        pytest.skip("only Triton's kernels know both")
+    if engine == "gpu" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("TMA is of Hopper and later")
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from moesaic.kernels.triton import expert_mlp as kernels
+
+    made, real = [], TensorDescriptor.from_tensor
+    monkeypatch.setattr(TensorDescriptor, "from_tensor", lambda *given: (made.append(given), real(*given))[1])
+    case = make_case((200, 72, 40, 2, 1), kind, torch.bfloat16)
+    results = []
+    for tma, descriptors in ((False, 0), (True, 6)):
+        for name in ("many rows", "interpreted", "many rows, interpreted"):
+            table = {role: replace(blocks, tma=tma) for role, blocks in kernels.TABLES[name].items()}
+            monkeypatch.setitem(kernels.TABLES, name, table)
+        y, grads = run(case, kind, torch.bfloat16, engine)
+        assert len(made) == descriptors
+        results.append([y, *grads])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tiles_that_hardware_cannot_copy() -> None:
+    pytest.importorskip("triton")
+    from moesaic.kernels.triton.grouped import addressable
+
+    rows = torch.empty(33, 16, dtype=torch.bfloat16)
+    assert addressable(rows)
+    assert not addressable(rows, rows[1:, :12].contiguous())  # 24 bytes
+    assert not addressable(rows.flatten()[1:-15].view(32, 16))  # begins amid 16 bytes
+    assert not addressable(rows[:0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])

@@ -7,6 +7,7 @@ Dims: T tokens, R rows, D width, F hidden width, G input matrices, E experts.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from moesaic.kernels.triton.combine import (
 from moesaic.kernels.triton.grouped import (
     GROUP_M,
     Blocks,
+    box,
     cut_kernel,
     cut_rows,
     outer,
@@ -108,14 +110,15 @@ DEEP = 1024
 ROLES = ("hidden", "hidden, one matrix", "product", "deep product", "gradient", "outer")
 TABLES = {
     # For Hopper's asynchronous tensor cores: 3 buffers of 48 KiB once, or of 32 KiB twice. Registers are what limits:
-    # these are the largest tiles that do not spill. What a GPU should be asked first: 4 stages for the large tiles;
-    # "gradient" as (128, 256, 64, 8, 3, 1, parts=4), which reads less from L2 but overlaps no epilogue; "hidden" as
-    # (128, 64, 64, 4, 3, 2), the reverse; TMA for the weights, where their strides allow it.
+    # these are the largest tiles that do not spill. Tiles copied by TMA free those that hold addresses, except in
+    # "gradient", which then spills with 4 warps. What a GPU should be asked first: 4 stages for the large tiles;
+    # "gradient" as (128, 256, 64, 8, 3, 1, parts=4), which reads less from L2 but overlaps no epilogue, or as
+    # (128, 128, 64, 8, 4, 1, parts=4, tma=True); "hidden" as (128, 64, 64, 4, 3, 2), the reverse.
     "many rows": {
-        "hidden": Blocks(128, 128, 64, 8, 3),
-        "hidden, one matrix": Blocks(128, 256, 64, 8, 3),
-        "product": Blocks(128, 128, 64, 4, 3, 2),
-        "deep product": Blocks(128, 256, 64, 8, 3),
+        "hidden": Blocks(128, 128, 64, 8, 3, parts=4, tma=True),
+        "hidden, one matrix": Blocks(128, 256, 64, 8, 3, tma=True),
+        "product": Blocks(128, 128, 64, 4, 3, 2, tma=True),
+        "deep product": Blocks(128, 256, 64, 8, 3, tma=True),
         "gradient": Blocks(128, 128, 64, 4, 3, 2, parts=4),
         "gradient, uneven": Blocks(128, 128, 64, 8, 3, parts=4),  # masks take registers too
         "outer": Blocks(128, 256, 64, 8, 3),
@@ -145,7 +148,7 @@ TABLES = {
         "outer": Blocks(128, 128, 16, 8, 4, 2),
     },
     "fp32": dict.fromkeys(ROLES, Blocks(64, 64, 16, 4, 2, 2)) | {"outer": Blocks(64, 64, 32, 4, 2, 2)},
-    "interpreted": dict.fromkeys(ROLES, Blocks(16, 32, 32, 4, 1, parts=4)),
+    "interpreted": dict.fromkeys(ROLES, Blocks(16, 32, 32, 4, 1, parts=4, tma=True)),
     "many rows, interpreted": dict.fromkeys(ROLES, Blocks(64, 64, 32, 4, 1)),
 }
 TARGETS = {"many rows": ("sm_90",), "many rows, other GPUs": ("sm_80", "sm_100", "gfx942")}
@@ -179,7 +182,9 @@ def variants() -> list[Variant]:
     uneven = {"EVEN_K": False, "EVEN_M": False, "EVEN_N": False}
     for role in ROLES:
         blocks = many.get(f"{role}, uneven", many[role])
-        found.append(variant("many rows", role, blocks, "bf16", "uneven", uneven))
+        found.append(variant("many rows", role, replace(blocks, tma=False), "bf16", "uneven", uneven))
+        if blocks.tma:
+            found.append(variant("many rows", role, blocks, "bf16", "uneven, TMA", uneven))
     ones = uneven | dict.fromkeys(SCALARS, 1)  # arguments that are 1 are constants to the compiler
     found += [variant("few rows", role, TABLES["few rows"][role], "bf16", "ones", ones) for role in ROLES]
     found += [
@@ -239,7 +244,14 @@ def variant(
     fixed = {**fixed, "UPCAST": False, "GROUP_M": GROUP_M, **blocks.constants()}
     if "KIND" in fixed:
         fixed["PARTS"] = blocks.parts
-    kinds = dict.fromkeys(INTEGERS, "*i64") | dict.fromkeys(SCALARS, "i32") | dict.fromkeys(WIDE, "*fp32")
+    if "TMA" in kernel.arg_names:
+        fixed["TMA"] = blocks.tma
+    kinds = {name: "*i64" for name in INTEGERS}
+    kinds |= dict.fromkeys(SCALARS, "i32") | dict.fromkeys(WIDE, "*fp32")
+    if blocks.tma:
+        tile = box(blocks, transposed=bool(fixed.get("TRANSPOSED", "hidden" in role)))
+        kinds |= dict.fromkeys(("w1", "w2", "weights"), f"tensordesc<{dtype}{tile}>")
+        kinds["rows"] = f"tensordesc<{dtype}{[blocks.m, blocks.k]}>"
     signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in fixed}
     aligned = frozenset(name for name in ("D", "F", "K", "OUT", "M") if name in signature)
     named = f"expert_mlp {role}, {size}" + (f", {more}" if more else "")

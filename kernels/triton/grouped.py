@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moesaic.kernels.triton.variant import INTERPRETED
 
@@ -32,6 +33,9 @@ class Blocks:
 
     parts: int = 2
     """Strips of columns, 2 or 4, that an epilogue with a non-linearity takes one after the other."""
+
+    tma: bool = False
+    """Whether the hardware of Hopper and later copies whole tiles (TMA), where `addressable` says that it can."""
 
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
@@ -156,6 +160,7 @@ def product_kernel(
     K,
     OUT,
     TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -164,7 +169,10 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = rows @ weights[group]; TRANSPOSED: weights are stored (E, O, K), else (E, K, O)."""
+    """out = rows @ weights[group]; TRANSPOSED: weights are stored (E, O, K), else (E, K, O).
+
+    TMA: `rows` and `weights` are descriptors of tiles.
+    """
     tiles_m = tl.load(used).to(tl.int32)
     tiles_n = tl.cdiv(OUT, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -173,38 +181,63 @@ def product_kernel(
         first = n.to(tl.int64) * BLOCK_N
         across = tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
-        left = rows + start * K + (local[:, None] * K + depth[None, :])
-        matrix = weights + group * K * OUT
         width = (OUT - first).to(tl.int32)  # columns from here on
-        if TRANSPOSED:
-            right = matrix + first * K + (tl.minimum(across, width - 1)[None, :] * K + depth[:, None])
-        else:
-            right = matrix + first + (depth[:, None] * OUT + across[None, :])
+        if not TMA:
+            left = rows + start * K + (local[:, None] * K + depth[None, :])
+            matrix = weights + group * K * OUT
+            if TRANSPOSED:
+                right = matrix + first * K + (tl.minimum(across, width - 1)[None, :] * K + depth[:, None])
+            else:
+                right = matrix + first + (depth[:, None] * OUT + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            a, b = load_pair(left, right, depth, across, K - k, width, EVEN_K, EVEN_N or TRANSPOSED)  # type: ignore[misc]  # a tuple
+            if TMA:
+                a = rows.load([start.to(tl.int32), k])
+                b = weight_tile(weights, group, k, first, TRANSPOSED, BLOCK_K, BLOCK_N)
+            else:
+                a = row_tile(left, depth, K - k, EVEN_K)
+                b = matrix_tile(right, depth, across, K - k, width, EVEN_K, EVEN_N or TRANSPOSED)
+                left += BLOCK_K
+                right += BLOCK_K if TRANSPOSED else BLOCK_K * OUT
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
-            left += BLOCK_K
-            right += BLOCK_K if TRANSPOSED else BLOCK_K * OUT
         to = out + start * OUT + first + (local[:, None] * OUT + across[None, :])
         tl.store(to, total.to(out.dtype.element_ty), mask=own[:, None] & (across < width)[None, :])
 
 
 @triton.jit
-def load_pair(left, right, depth, across, deep, wide, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
-    """The next BLOCK_K inputs of both sides; zeros beyond the matrix, which goes on for `deep` rows, `wide` columns."""
-    a = tl.load(left) if EVEN_K else tl.load(left, mask=(depth < deep)[None, :], other=0.0)
-    if EVEN_K and EVEN_N:
-        b = tl.load(right)
-    elif EVEN_N:
-        b = tl.load(right, mask=(depth < deep)[:, None], other=0.0)
-    elif EVEN_K:
-        b = tl.load(right, mask=(across < wide)[None, :], other=0.0)
+def weight_tile(
+    weights, matrix, k, first, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """By TMA: BLOCK_K inputs from k, BLOCK_N outputs from `first`; zeros beyond the matrix."""
+    matrix, first = matrix.to(tl.int32), first.to(tl.int32)
+    if TRANSPOSED:
+        return tl.trans(tl.reshape(weights.load([matrix, first, k]), (BLOCK_N, BLOCK_K)))
     else:
-        b = tl.load(right, mask=(depth < deep)[:, None] & (across < wide)[None, :], other=0.0)
-    return a, b
+        return tl.reshape(weights.load([matrix, k, first]), (BLOCK_K, BLOCK_N))
+
+
+@triton.jit
+def row_tile(rows, depth, deep, EVEN_K: tl.constexpr):
+    """The next BLOCK_K inputs of rows, which have `deep` more; zeros beyond."""
+    if EVEN_K:
+        return tl.load(rows)
+    else:
+        return tl.load(rows, mask=(depth < deep)[None, :], other=0.0)
+
+
+@triton.jit
+def matrix_tile(matrix, depth, across, deep, wide, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """The next BLOCK_K rows of a matrix, which goes on for `deep` rows and `wide` columns; zeros beyond."""
+    if EVEN_K and EVEN_N:
+        return tl.load(matrix)
+    elif EVEN_N:
+        return tl.load(matrix, mask=(depth < deep)[:, None], other=0.0)
+    elif EVEN_K:
+        return tl.load(matrix, mask=(across < wide)[None, :], other=0.0)
+    else:
+        return tl.load(matrix, mask=(depth < deep)[:, None] & (across < wide)[None, :], other=0.0)
 
 
 @triton.jit
@@ -285,6 +318,21 @@ def launched(blocks: Blocks, **fixed: object) -> dict[str, Any]:
     return fixed | blocks.constants()
 
 
+def addressable(*tensors: Tensor) -> bool:
+    """Whether TMA can copy tiles of them: rows of whole 16 bytes, and not none."""
+    return all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.shape[-1] * tensor.element_size() % 16 == 0
+        for tensor in tensors
+    )
+
+
+def box(blocks: Blocks, *, transposed: bool) -> list[int]:
+    """The tile of one matrix that TMA copies."""
+    return [1, blocks.n, blocks.k] if transposed else [1, blocks.k, blocks.n]
+
+
 def tiles_across(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -294,9 +342,10 @@ def product(rows: Tensor, weights: Tensor, tiles: Tiles, blocks: Blocks, *, tran
     inputs, outputs = rows.shape[1], weights.shape[1 if transposed else 2]
     out = rows.new_empty(rows.shape[0], outputs)
     grid = (programs(tiles.limit * tiles_across(outputs, blocks.n), blocks.per_sm, rows.device),)
+    tma = blocks.tma and addressable(rows, weights)
     product_kernel[grid](
-        rows,
-        weights,
+        TensorDescriptor.from_tensor(rows, [blocks.m, blocks.k]) if tma else rows,
+        TensorDescriptor.from_tensor(weights, box(blocks, transposed=transposed)) if tma else weights,
         tiles.table,
         tiles.used,
         out,
@@ -306,6 +355,7 @@ def product(rows: Tensor, weights: Tensor, tiles: Tiles, blocks: Blocks, *, tran
         **launched(
             blocks,
             TRANSPOSED=transposed,
+            TMA=tma,
             EVEN_K=inputs % blocks.k == 0,
             EVEN_N=outputs % blocks.n == 0,
         ),

@@ -10,17 +10,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moesaic.kernels.triton.grouped import (
     Blocks,
     Tiles,
+    addressable,
+    box,
     launched,
-    load_pair,
+    matrix_tile,
     place,
     programs,
+    row_tile,
     rows_of,
     strips,
     tiles_across,
+    weight_tile,
 )
 
 
@@ -77,6 +82,7 @@ def hidden_kernel(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     GATHER: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
     PARTS: tl.constexpr,
@@ -96,29 +102,35 @@ def hidden_kernel(
         width = (F - first).to(tl.int32)  # columns from here on
         depth = tl.arange(0, BLOCK_K)
         left = x + source[:, None] * D + depth[None, :]
-        size = tl.cast(F, tl.int64) * D
-        line = tl.minimum(
-            tl.arange(0, BLOCK_N), width - 1
-        )  # beyond the matrix its last row, which is not stored
-        right = w1 + expert * (2 * size if GATED else size) + first * D + (line[None, :] * D + depth[:, None])
+        matrix = 2 * expert if GATED else expert
+        if not TMA:
+            size = tl.cast(F, tl.int64) * D
+            line = tl.minimum(
+                tl.arange(0, BLOCK_N), width - 1
+            )  # beyond the matrix its last row, which is not stored
+            right = w1 + matrix * size + first * D + (line[None, :] * D + depth[:, None])
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, line, D - k, width, EVEN_K, True)  # type: ignore[misc]  # a tuple
+            a = row_tile(left, depth, D - k, EVEN_K)
+            if TMA:
+                b = weight_tile(w1, matrix, k, first, True, BLOCK_K, BLOCK_N)
+            else:
+                b = matrix_tile(right, depth, line, D - k, width, EVEN_K, True)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             gate = tl.dot(a, b, gate, input_precision="ieee")
             if GATED:
-                c = (
-                    tl.load(right + size)
-                    if EVEN_K
-                    else tl.load(right + size, mask=(depth < D - k)[:, None], other=0.0)
-                )
+                if TMA:
+                    c = weight_tile(w1, matrix + 1, k, first, True, BLOCK_K, BLOCK_N)
+                else:
+                    c = matrix_tile(right + size, depth, line, D - k, width, EVEN_K, True)
                 if UPCAST:
                     c = c.to(tl.float32)
                 up = tl.dot(a, c, up, input_precision="ieee")
             left += BLOCK_K
-            right += BLOCK_K
+            if not TMA:
+                right += BLOCK_K
         stride = 2 * F if GATED else F
         hidden_tile = hidden + start * stride + first
         active_tile = active + start * F + first
@@ -156,6 +168,7 @@ def hidden_gradient_kernel(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     ROUTED: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -180,15 +193,20 @@ def hidden_gradient_kernel(
         across = tl.arange(0, BLOCK_N)
         depth = tl.arange(0, BLOCK_K)
         left = grad + source[:, None] * D + depth[None, :]
-        right = w2 + expert * D * F + first + (depth[:, None] * F + across[None, :])
+        if not TMA:
+            right = w2 + expert * D * F + first + (depth[:, None] * F + across[None, :])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a, b = load_pair(left, right, depth, across, D - k, width, EVEN_K, EVEN_N)  # type: ignore[misc]  # a tuple
+            a = row_tile(left, depth, D - k, EVEN_K)
+            if TMA:
+                b = weight_tile(w2, expert, k, first, False, BLOCK_K, BLOCK_N)
+            else:
+                b = matrix_tile(right, depth, across, D - k, width, EVEN_K, EVEN_N)
+                right += BLOCK_K * F
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_K
-            right += BLOCK_K * F
         stride = 2 * F if GATED else F
         hidden_tile = hidden + start * stride + first
         grad_tile = grad_hidden + start * stride + first
@@ -228,9 +246,11 @@ def hidden_layer(
     _, matrices, width, dim = w1.shape
     hidden, active = x.new_empty(rows, matrices * width), x.new_empty(rows, width)
     grid = (programs(tiles.limit * tiles_across(width, blocks.n), blocks.per_sm, x.device),)
+    tma = blocks.tma and addressable(w1)
+    weights = w1.flatten(0, 1)
     hidden_kernel[grid](
         x,
-        w1,
+        TensorDescriptor.from_tensor(weights, box(blocks, transposed=True)) if tma else weights,
         tiles.table if tokens is None else tokens,
         tiles.table,
         tiles.used,
@@ -244,6 +264,7 @@ def hidden_layer(
             KIND=kind,
             GATED=matrices == 2,
             GATHER=tokens is not None,
+            TMA=tma,
             EVEN_K=dim % blocks.k == 0,
             PARTS=blocks.parts,
         ),
@@ -270,9 +291,10 @@ def hidden_gradient(
     across = tiles_across(width, blocks.n)
     partial = hidden.new_empty(across if gates is not None else 0, rows, dtype=torch.float32)
     grid = (programs(tiles.limit * across, blocks.per_sm, grad.device),)
+    tma = blocks.tma and addressable(w2)
     hidden_gradient_kernel[grid](
         grad,
-        w2,
+        TensorDescriptor.from_tensor(w2, box(blocks, transposed=False)) if tma else w2,
         tiles.table if tokens is None else tokens,
         tiles.table if order is None else order,
         grad if gates is None else gates,
@@ -291,6 +313,7 @@ def hidden_gradient(
             KIND=kind,
             GATED=hidden.shape[1] == 2 * width,
             ROUTED=gates is not None,
+            TMA=tma,
             EVEN_K=dim % blocks.k == 0,
             EVEN_N=width % blocks.n == 0,
             PARTS=blocks.parts,
