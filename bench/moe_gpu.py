@@ -4,7 +4,7 @@ Every candidate gets the same tokens, weights, experts and gates. No speed is pr
 differ. FLOPs are those of the chosen experts, 6 * T * K * D * F forward and three times that with backward. Ceilings
 are measured first. Results: bench/results/moe_gpu.md, written only on a GPU.
 
-    python bench/moe_gpu.py [--shapes OLMoE] [--loads balanced] [--rounds 5] [--tune] [--dry]
+    python bench/moe_gpu.py [--shapes OLMoE] [--loads balanced] [--rounds 5] [--dry]
 """
 
 import argparse
@@ -329,62 +329,11 @@ def ceilings() -> tuple[float, float]:
     return 2 * source.numel() / timings.time("copy").median, 2.0 * n**3 / timings.time("product").median
 
 
-def tune(inputs: Inputs, rounds: int) -> str:
-    """Other launch constants for one product at a time, and the time of the whole step with them."""
-    from moesaic.kernels.triton.expert_mlp import TABLES
-    from moesaic.kernels.triton.grouped import Blocks
-
-    choices = TABLES["many rows"]
-    others = {
-        "hidden": [
-            Blocks(128, 128, 64, 8, 3),
-            Blocks(128, 128, 64, 8, 4, parts=4, tma=True),
-            Blocks(128, 64, 64, 4, 3, 2, parts=4, tma=True),
-        ],
-        "product": [
-            Blocks(128, 128, 64, 4, 3, 2),
-            Blocks(128, 256, 64, 8, 3, tma=True),
-            Blocks(128, 256, 64, 8, 4, tma=True),
-            Blocks(128, 128, 64, 8, 3, 2, tma=True),
-        ],
-        "deep product": [
-            Blocks(128, 256, 64, 8, 3),
-            Blocks(128, 256, 64, 8, 4, tma=True),
-            Blocks(128, 128, 64, 4, 3, 2, tma=True),
-        ],
-        "gradient": [
-            Blocks(128, 256, 64, 8, 3, 1, parts=4),
-            Blocks(128, 128, 64, 8, 3, parts=4, tma=True),
-            Blocks(128, 128, 64, 8, 4, parts=4, tma=True),
-        ],
-        "outer": [Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 4, 3, 2), Blocks(128, 128, 64, 8, 3, 2)],
-    }
-    rows = []
-    for role, tried in others.items():
-        shipped = choices[role]
-        for blocks in [shipped, *tried]:
-            choices[role] = blocks
-            try:
-                timings = interleave({"step": step(ours("triton"), inputs)}, rounds=rounds, warmup=2)
-                took = timings.time("step").text(scale=1e3, digits=2)
-            except Exception as error:
-                took = str(error).splitlines()[0][:60]
-            sizes = f"{blocks.m} x {blocks.n} x {blocks.k}"
-            more = (
-                f"{blocks.warps} warps, {blocks.stages} stages, {blocks.per_sm} per SM, {blocks.parts} parts"
-            )
-            more += ", TMA" if blocks.tma else ""
-            rows.append([role, sizes, more + (", shipped" if blocks is shipped else ""), took])
-        choices[role] = shipped
-    return table(["product", "tile", "launch", "ms of a step"], rows)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     arguments.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--tune", action="store_true", help="try other launch constants, at balanced load")
     arguments.add_argument(
         "--dry", action="store_true", help="a tiny shape on the CPU; measures nothing of use"
     )
@@ -419,9 +368,6 @@ def main() -> None:
             sections.append("\n\n".join([title, text, "\n".join(f"- {note}" for note in notes)]))
             print(sections[-1], flush=True)
             del inputs
-        if options.tune and not options.dry:
-            sections.append(tune(make_inputs(shape, "balanced", device, dtype), options.rounds))
-            print(sections[-1], flush=True)
     if not options.dry:
         write(sections)
 

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from moesaic.kernels.backend import triton_refusal
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 CPU = torch.device("cpu")
@@ -71,10 +74,27 @@ def test_every_candidate_of_this_machine_computes_the_same(bench: ModuleType) ->
         assert bench.difference(bench.results_of(candidate, inputs), want) < 1e-4, name
 
 
+def test_constants_that_fail_get_no_time_and_shipped_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    if refusal := triton_refusal(CPU):
+        pytest.skip(str(refusal))
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench, tuner = import_module("moe_gpu"), import_module("moe_tune")
+    inputs = bench.make_inputs(bench.DRY["tiny"], "balanced", CPU, torch.float32)
+    choices = tuner.constants(CPU, torch.float32, 12)
+    shipped = dict(choices)
+    right, wrong = replace(shipped["product"], k=16), replace(shipped["product"], k=24)  # no power of two
+    rows = tuner.tune(inputs, choices, {"product": [right, wrong]}, rounds=1)
+    assert choices == shipped
+    assert [row[2].endswith("shipped") for row in rows] == [True, False, False]
+    assert [row[3][0].isdigit() for row in rows] == [True, True, False]
+    assert "Error" in rows[2][3]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
-    for command in ([sys.executable, BENCH / "moe_gpu.py"], ["sh", BENCH / "gpu.sh"]):
+    scripts = [[sys.executable, BENCH / f"{name}.py"] for name in ("moe_gpu", "moe_tune")]
+    for command in (*scripts, ["sh", BENCH / "gpu.sh"]):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert not done.stdout

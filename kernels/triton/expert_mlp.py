@@ -246,7 +246,7 @@ def variant(
         fixed["PARTS"] = blocks.parts
     if "TMA" in kernel.arg_names:
         fixed["TMA"] = blocks.tma
-    kinds = {name: "*i64" for name in INTEGERS}
+    kinds: dict[str, str] = dict.fromkeys(INTEGERS, "*i64")
     kinds |= dict.fromkeys(SCALARS, "i32") | dict.fromkeys(WIDE, "*fp32")
     if blocks.tma:
         tile = box(blocks, transposed=bool(fixed.get("TRANSPOSED", "hidden" in role)))
