@@ -13,8 +13,10 @@ if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2
     exit 1
 fi
 failed=0
-timeout 240 "$PYTHON" -P -m pytest -q -x -p no:cacheprovider -m gpu tests || failed=1
-timeout 60 "$PYTHON" -P -m pytest -q -p no:cacheprovider -m "not gpu and not slow and not multigpu" tests/test_kernels_*.py || failed=1
+TEST="$PYTHON -P -m pytest -q -p no:cacheprovider"
+"$PYTHON" -c "import xdist" 2>/dev/null && TEST="$TEST -n 8 --dist worksteal" # most of the time goes into compiling
+timeout 240 $TEST -m gpu tests/test_kernels_*.py tests/test_parallel_experts.py || failed=1
+timeout 80 $TEST -m "not gpu and not slow and not multigpu" tests/test_kernels_*.py || failed=1
 if missing=$("$PYTHON" -P -c "import moesaic.launch.cli" 2>&1); then
     run=$(mktemp -d)
     config=$PWD/configs/quickstart.yaml
@@ -23,5 +25,5 @@ if missing=$("$PYTHON" -P -c "import moesaic.launch.cli" 2>&1); then
 else
     echo "gpu.sh: no training run: $(echo "$missing" | tail -n 1)" >&2
 fi
-timeout 200 "$PYTHON" bench/moe_gpu.py "$@" || failed=1
+timeout 180 "$PYTHON" bench/moe_gpu.py "$@" || failed=1
 exit $failed

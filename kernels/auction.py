@@ -69,6 +69,8 @@ def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
     if scores.dtype not in native.SERVED:
         scores = scores.float()
     chosen = engine(backend, scores)
+    if chosen == "triton" and torch.version.hip:
+        chosen = "torch"  # the repair needs a barrier that orders stores, which Triton's is not on AMD GPUs
     if chosen == "cpp":
         out = scores.new_empty(tokens, dtype=torch.int64)
         sizes = (tokens, experts, width, BITS, LEVELS, PER_LEVEL, ROUNDS)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moesaic.kernels import native
 
@@ -25,17 +26,18 @@ def engine(backend: str, *tensors: Tensor | None) -> Engine:
     """The implementation that serves these tensors; None counts as absent. Raises BackendError.
 
     `backend` is a `Backend`, which the schema of a custom op knows as a string. `megablocks` has but the experts'
-    products, which check for themselves; all else is plain torch with it, whatever its type.
+    products, which check for themselves; all else is plain torch with it, whatever its type. Tensors without storage,
+    of which memory is estimated, never reach a kernel of a GPU: it would read from address 0.
     """
     given = next(tensor for tensor in tensors if tensor is not None)
     device = given.device
     if backend == "triton":
         check(backend, device, given.dtype)
-        return "triton"
+        return "torch" if isinstance(given, FakeTensor) else "triton"
     if backend != "auto":
         return "torch"
     if device.type == "cuda":
-        return "torch" if triton_refusal(device) else "triton"
+        return "torch" if isinstance(given, FakeTensor) or triton_refusal(device) else "triton"
     return "cpp" if native.serves(*tensors) else "torch"
 
 

@@ -6,7 +6,7 @@ The file makes a choice last: a run that is resumed on the same machine computes
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -28,16 +28,35 @@ def choices_file() -> Path:
 def fastest(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
     """The candidate with the shortest of three runs, after one that is not counted; from the file where it is there.
 
-    `key` names everything that the choice depends on: device, versions, shape. A candidate that runs out of memory
-    loses. Without a file to write to, the choice lasts as long as the process.
+    `key` names everything that the choice depends on: device, versions, shape. A candidate that fails, for want of
+    memory or because its library refuses the shape, loses; where all fail, the first one's error is raised. Without a
+    file to write to, the choice lasts as long as the process.
     """
+    known = remembered(key, candidates)
+    if known is None:
+        seconds: dict[str, float] = {}
+        failures: list[Exception] = []
+        for name, run in candidates.items():
+            try:
+                seconds[name] = _seconds(run)
+            except Exception as failure:
+                failures.append(failure)
+        if not seconds:
+            raise failures[0]
+        known = min(seconds, key=seconds.__getitem__)
+        path = choices_file()
+        _chosen[path, key] = known
+        with suppress(OSError):  # a full or read-only disk costs a measurement, not the run
+            _keep(path, key, known, dict.fromkeys(candidates) | seconds)
+    return known
+
+
+def remembered(key: str, candidates: Collection[str]) -> str | None:
+    """What was chosen of these before, if anything was."""
     path = choices_file()
     known = _chosen.get((path, key)) or _read(path).get(key, {}).get("chosen")
-    if known is None or known not in candidates:
-        seconds = {name: _seconds(run) for name, run in candidates.items()}
-        known = min(seconds, key=seconds.__getitem__)
-        with suppress(OSError):  # a full or read-only disk costs a measurement, not the run
-            _keep(path, key, known, seconds)
+    if known not in candidates:
+        return None
     _chosen[path, key] = known
     return known
 
@@ -45,13 +64,10 @@ def fastest(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
 def _seconds(run: Callable[[], object]) -> float:
     best = float("inf")
     for turn in range(ROUNDS + 1):
-        try:
-            _wait()
-            began = time.perf_counter()
-            run()
-            _wait()
-        except torch.OutOfMemoryError:
-            return float("inf")
+        _wait()
+        began = time.perf_counter()
+        run()
+        _wait()
         if turn:
             best = min(best, time.perf_counter() - began)
     return best
@@ -75,11 +91,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     )
 
 
-def _keep(path: Path, key: str, chosen: str, seconds: Mapping[str, float]) -> None:
+def _keep(path: Path, key: str, chosen: str, seconds: Mapping[str, float | None]) -> None:
+    """Add a choice, with what was measured; None stands for what failed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    milliseconds = {
-        name: None if value == float("inf") else round(1e3 * value, 4) for name, value in seconds.items()
-    }
+    milliseconds = {name: None if value is None else round(1e3 * value, 4) for name, value in seconds.items()}
     entries = _read(path) | {key: {"chosen": chosen, "ms": milliseconds}}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         json.dump(entries, file, indent=1, sort_keys=True)

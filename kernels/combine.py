@@ -39,7 +39,8 @@ def sum_rows(
     if kernels is not None:
         if offsets.shape[0] == 1:
             return torch.zeros_like(rows[:0])
-        return kernels.combine(rows.contiguous(), where, offsets, weights, per_token)
+        scales = None if weights is None else weights.contiguous()
+        return kernels.combine(rows.contiguous(), where, offsets, scales, per_token)
     if backend == "auto" and native.serves(rows, weights):
         tokens, dim = offsets.shape[0] - 1, rows.shape[1]
         out = rows.new_empty(tokens, dim)

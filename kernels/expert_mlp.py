@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moesaic.kernels import expert_mlp_cpu, native
 from moesaic.kernels.activation import ExpertKind, activation, activation_gradient
 from moesaic.kernels.backend import Backend, BackendError, check, engine, refusal
-from moesaic.kernels.choice import fastest, machine
+from moesaic.kernels.choice import fastest, machine, remembered
 from moesaic.kernels.combine import accumulation_dtype, sum_rows
 from moesaic.kernels.grouped_linear import grouped_outer, grouped_product
 from moesaic.kernels.plan import Plan, Routes
@@ -43,7 +44,7 @@ def expert_mlp(
     assignments run in a fixed order in fp32 or better. Raises BackendError where `backend` cannot run here.
     """
     if backend == "auto" and x.device.type in MEASURED and not torch.compiler.is_compiling():
-        backend = _fastest(x, gates, w1, w2, plan, kind)
+        backend = _fastest(x, gates, w1, w2, plan, kind) or backend
     given = (gates, plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
     return _expert_mlp(x, w1, w2, plan.counts, *given, kind, backend, torch.is_grad_enabled())[0]
 
@@ -62,18 +63,27 @@ def expert_rows(
     return _expert_mlp(rows, w1, w2, counts, *none, kind, backend, torch.is_grad_enabled())[0]
 
 
-def _fastest(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, plan: Plan, kind: ExpertKind) -> Backend:
-    """The backend that runs forward and backward fastest, of those that can; measured once per shape."""
+def _fastest(
+    x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, plan: Plan, kind: ExpertKind
+) -> Backend | None:
+    """The backend that runs forward and backward fastest, of those that can; measured once per shape.
+
+    None where nothing is known and nothing can be measured: without storage or gradients, or amid a CUDA graph.
+    """
     backends: tuple[Backend, ...] = ("triton", "torch", "megablocks")
     if x.dtype == torch.float64:
         return "torch"  # the only one that has it
+    if isinstance(x, FakeTensor):
+        return None
     able = [name for name in backends if refusal(name, x.device, x.dtype) is None]
     rows = 1 << max(gates.shape[0] - 1, 0).bit_length()
     sizes = f"D {x.shape[1]} F {w2.shape[2]} E {w1.shape[0]} R {rows} {x.dtype}"
 
     def candidate(name: Backend) -> Callable[[], object]:
         def run() -> object:
-            with torch.enable_grad():
+            # whoever keeps or packs what is saved out there, as recomputation does, must not see this
+            own = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+            with torch.enable_grad(), own:
                 leaves = [tensor.detach().requires_grad_() for tensor in (x, gates, w1, w2)]
                 y = expert_mlp(leaves[0], leaves[1], leaves[2], leaves[3], plan, kind=kind, backend=name)
                 return torch.autograd.grad(y, leaves, torch.ones_like(y))
@@ -81,7 +91,10 @@ def _fastest(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, plan: Plan, kind:
         return run
 
     key = f"{machine(x.device)}: {kind} {sizes}"
-    return fastest(key, {name: candidate(name) for name in able})  # type: ignore[return-value]  # of the same names
+    if torch.is_inference_mode_enabled() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return remembered(key, able)  # type: ignore[return-value]  # of the same names
+    with torch.cuda.device_of(x):  # whose end is waited for
+        return fastest(key, {name: candidate(name) for name in able})  # type: ignore[return-value]  # of the same names
 
 
 @torch.library.custom_op("moesaic::expert_mlp", mutates_args=())
@@ -105,14 +118,14 @@ def _expert_mlp(
     module = engine_of(backend, x, w1, w2)
     rows = x.shape[0] if routes is None else routes.tokens.shape[0]
     if rows == 0:
-        return torch.zeros_like(x), x.new_empty((0, w1.shape[1] * w1.shape[2]) if keep else 0)
+        return x.new_zeros(x.shape), x.new_empty((0, w1.shape[1] * w1.shape[2]) if keep else 0)
     return module.forward(x, w1, w2, counts, routes, kind, backend, keep)
 
 
 @_expert_mlp.register_fake
 def _(x, w1, w2, counts, gates, tokens, order, where, offsets, per_token, kind, backend, keep):
     rows = x.shape[0] if tokens is None else tokens.shape[0]
-    return torch.empty_like(x), x.new_empty((rows, w1.shape[1] * w1.shape[2]) if keep else 0)
+    return x.new_empty(x.shape), x.new_empty((rows, w1.shape[1] * w1.shape[2]) if keep else 0)
 
 
 @torch.library.custom_op("moesaic::expert_mlp_backward", mutates_args=())
@@ -136,16 +149,16 @@ def _expert_mlp_backward(
     routes = _routes(gates, tokens, order, where, offsets, per_token)
     module = engine_of(backend, x, w1, w2)
     if hidden.shape[0] == 0:
-        grad_gates = x.new_empty(0) if gates is None else torch.zeros_like(gates)
-        return torch.zeros_like(x), torch.zeros_like(w1), torch.zeros_like(w2), grad_gates
+        grad_gates = x.new_empty(0) if gates is None else gates.new_zeros(gates.shape)
+        return x.new_zeros(x.shape), w1.new_zeros(w1.shape), w2.new_zeros(w2.shape), grad_gates
     found = module.backward(grad.contiguous(), x, w1, w2, hidden, counts, routes, kind, backend)
     return (*found[:3], x.new_empty(0) if found[3] is None else found[3])
 
 
 @_expert_mlp_backward.register_fake
 def _(grad, x, w1, w2, hidden, counts, gates, tokens, order, where, offsets, per_token, kind, backend):
-    grad_gates = x.new_empty(0) if gates is None else torch.empty_like(gates)
-    return torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2), grad_gates
+    grad_gates = x.new_empty(0) if gates is None else gates.new_empty(gates.shape)
+    return x.new_empty(x.shape), w1.new_empty(w1.shape), w2.new_empty(w2.shape), grad_gates
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -94,7 +94,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the hidden layer before its non-linearity, or nothing where there will be no backward pass."""
     if x.shape[0] == 0:
-        return torch.zeros_like(x), x.new_empty(0)
+        return x.new_zeros(x.shape), x.new_empty(0)
     module = engine_of(backend, x, *pieces)
     if module is expert_mlp_cpu:
         wide = [piece.to(accumulation_dtype(x.dtype)) for piece in pieces]
@@ -107,7 +107,7 @@ def _forward(
 @_forward.register_fake
 def _(x, pieces, counts, kind, backend, keep):
     inputs, _ = expert_mlp_cpu.sizes_of_row(pieces, kind, x.shape[1])
-    return torch.empty_like(x), x.new_empty((x.shape[0], inputs) if keep and x.shape[0] else 0)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], inputs) if keep and x.shape[0] else 0)
 
 
 @torch.library.custom_op("moesaic::expert_rows_in_pieces_backward", mutates_args=("boxes",))
@@ -127,7 +127,7 @@ def _backward(
         for box, more in zip(boxes, add, strict=True):
             if not more:
                 box.zero_()
-        return torch.zeros_like(x)
+        return x.new_zeros(x.shape)
     module, dim = engine_of(backend, x, *pieces), x.shape[1]
     if module is not expert_mlp_cpu:
         w1, w2 = _put_together(pieces, kind, dim)
@@ -155,7 +155,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, x, pieces, hidden, counts, kind, backend, boxes, add):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _put(box: Tensor, values: Tensor, add: bool) -> None:

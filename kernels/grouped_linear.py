@@ -26,7 +26,7 @@ def grouped_product(
     `counts` must sum to N; a group may be empty. Rows and weights share one dtype.
     """
     out = rows.new_empty(rows.shape[0], weights.shape[1])
-    if library_serves(rows, weights):
+    if library_serves(counts, rows, weights):
         return library_product(rows.contiguous(), weights.transpose(1, 2), counts, backend)
     sizes = counts.tolist()  # on an accelerator the host waits here
     for size, part, matrix, into in zip(
@@ -45,7 +45,7 @@ def grouped_outer(
 ) -> Float[Tensor, "M O I"]:
     """Per group, the transposed left rows times the right rows; zero where a group is empty."""
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
-    if library_serves(left, right):
+    if library_serves(counts, left, right):
         return library_outer(left.contiguous(), right.contiguous(), counts, backend)
     sizes = counts.tolist()  # on an accelerator the host waits here
     for size, one, other, into in zip(

@@ -13,11 +13,19 @@ from moesaic.kernels.backend import Backend
 
 ALIGNMENT = 16
 """Bytes that the strides of a matrix must be a multiple of."""
+MOST_GROUPS = 1023
+"""That `F.grouped_mm` takes on a GPU."""
+MOST_NUMBERS = 2**31 - 1
+"""In one tensor on a GPU: kernels of the libraries count in 32 bits."""
 
 
-def library_serves(*tensors: Tensor) -> bool:
+def library_serves(counts: Tensor, *tensors: Tensor) -> bool:
     """Whether the libraries take these: on GPUs bf16, on the CPU also fp32 and fp16; aligned widths."""
     dtype = tensors[0].dtype
+    if tensors[0].is_cuda and (
+        counts.shape[0] > MOST_GROUPS or any(tensor.numel() > MOST_NUMBERS for tensor in tensors)
+    ):
+        return False
     dtypes = (torch.bfloat16,) if tensors[0].is_cuda else (torch.float32, torch.bfloat16, torch.float16)
     widths = {size for tensor in tensors for size in tensor.shape[-2 if tensor.ndim == 3 else -1 :]}
     return dtype in dtypes and all(width * dtype.itemsize % ALIGNMENT == 0 for width in widths)

@@ -180,7 +180,8 @@ def _backward_now(
         from moesaic.kernels.triton import topk as kernels
 
         if kernels.serves(probabilities, choice.k):
-            return kernels.choose_backward((grads[0], grads[1]), saved, after, scale)
+            ours = (probabilities, weights, experts, logits)
+            return kernels.choose_backward(*ours, (grads[0], grads[1]), after, scale)
     return _backward_reference((grads[0], grads[1]), saved, choice)
 
 

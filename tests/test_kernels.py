@@ -89,6 +89,18 @@ def test_sum_rows(kind: str, weighted: bool, dtype: torch.dtype) -> None:
     assert largest_error(got.double(), want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("named", ["auto", "triton"])
+def test_sum_rows_of_every_other_weight(named: Backend) -> None:
+    """Weights that do not lie side by side."""
+    if named == "triton" and (reason := triton_refusal(torch.device("cpu"))):
+        pytest.skip(reason)
+    _, where, offsets, _, k = assignments("regular")
+    rows, weights = torch.randn(len(where), 5), torch.rand(len(where), 2)[:, 0]
+    want = sum_rows(rows, where, offsets, weights.contiguous(), per_token=k, backend="torch")
+    got = sum_rows(rows, where, offsets, weights, per_token=k, backend=named)
+    assert largest_error(got, want) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["regular", "ragged", "none"])
 @pytest.mark.parametrize("named", ["auto", "triton"])

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels import backend as backends
 from moesaic.kernels import choice, expert_mlp
+from moesaic.kernels.library import library_serves
 from moesaic.kernels.plan import plan_choice
 
 
@@ -62,11 +65,99 @@ def test_a_folder_that_cannot_be_written_does_not_matter(own_cache: Path) -> Non
     assert choice.fastest("a shape", {"here": lambda: None}) == "here"
 
 
-def test_what_runs_out_of_memory_loses() -> None:
-    def too_big() -> None:
-        raise torch.OutOfMemoryError("planted")
+def fail(error: Exception) -> None:
+    raise error
 
-    assert choice.fastest("a shape", {"big": too_big, "slow": lambda: time.sleep(0.02)}) == "slow"
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), RuntimeError("too many groups")])
+def test_what_fails_loses(error: Exception) -> None:
+    candidates = {"fails": lambda: fail(error), "slow": lambda: time.sleep(0.02)}
+    assert choice.fastest("a shape", candidates) == "slow"
+    assert json.loads(choice.choices_file().read_text())["a shape"]["ms"]["fails"] is None
+
+
+def test_where_all_fail_the_first_reason_is_raised() -> None:
+    candidates = {"one": lambda: fail(RuntimeError("first")), "other": lambda: fail(RuntimeError("second"))}
+    with pytest.raises(RuntimeError, match="first"):
+        choice.fastest("a shape", candidates)
+    assert not choice.choices_file().exists()
+
+
+def layer_inputs() -> tuple[torch.Tensor, ...]:
+    """x, gates, w1 and w2 of 3 experts."""
+    torch.manual_seed(0)
+    return torch.randn(6, 16), torch.rand(12), torch.randn(3, 2, 16, 16), torch.randn(3, 16, 16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_computed_again_can_be_measured(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputation counts what is saved; a measurement amid it saves other things."""
+    x, *rest = layer_inputs()
+    plan = plan_choice(torch.randint(0, 3, (6, 2)), 3)
+
+    def gradient() -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return expert_mlp.expert_mlp(x.tanh(), rest[0], rest[1], rest[2], plan, kind="swiglu")
+
+        checkpoint(layer, leaf, use_reentrant=reentrant).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    want = gradient()
+    monkeypatch.setattr(expert_mlp, "MEASURED", ("cpu",))
+    assert torch.allclose(gradient(), want, atol=1e-5)
+    assert choice.choices_file().exists()
+
+
+def test_nothing_is_measured_without_gradients_or_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_mlp, "MEASURED", ("cpu",))
+    x, gates, w1, w2 = layer_inputs()
+    experts = torch.randint(0, 3, (6, 2))
+    plan = plan_choice(experts, 3)
+    with torch.inference_mode():
+        expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = (x.shape, gates.shape, w1.shape, w2.shape)
+        inputs = [torch.empty(shape) for shape in shapes]
+        y = expert_mlp.expert_mlp(inputs[0], inputs[1], inputs[2], inputs[3], plan, kind="swiglu")
+    assert y.shape == x.shape
+    assert not choice.choices_file().exists()
+    expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu")
+    (entry,) = json.loads(choice.choices_file().read_text()).values()
+    used: list[str] = []
+    real = expert_mlp.engine_of
+    monkeypatch.setattr(
+        expert_mlp, "engine_of", lambda name, *given: (used.append(name), real(name, *given))[1]
+    )
+    with torch.inference_mode():
+        expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu")
+    assert used == [entry["chosen"]]  # what is known is taken
+
+
+def test_no_kernel_of_a_gpu_gets_tensors_without_storage() -> None:
+    """As while memory is estimated: it would read from address 0."""
+    if reason := backends.triton_refusal(torch.device("cuda")):
+        pytest.skip(reason)
+    x = FakeTensor(FakeTensorMode(), torch.empty(6, 16, device="meta"), torch.device("cuda:0"))
+    assert x.is_cuda
+    assert {backends.engine(backend, x) for backend in ("auto", "triton", "torch")} == {"torch"}
+
+
+def test_libraries_are_not_asked_for_more_than_they_take_on_a_gpu() -> None:
+    mode = FakeTensorMode()
+
+    def serves(groups: int, rows: int) -> bool:
+        shapes = ((groups,), (rows, 4096), (groups, 64, 4096))
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+        return library_serves(*(FakeTensor(mode, tensor, torch.device("cuda:0")) for tensor in tensors))
+
+    assert serves(1023, 2**19 - 1)
+    assert not serves(1024, 8)
+    assert not serves(8, 2**19)  # 2^31 numbers
 
 
 def test_experts_are_measured_where_there_is_more_than_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +165,7 @@ def test_experts_are_measured_where_there_is_more_than_one_way(monkeypatch: pyte
     if backends.triton_refusal(torch.device("cpu")):
         pytest.skip(f"{backends.triton_refusal(torch.device('cpu'))}")
     monkeypatch.setattr(expert_mlp, "MEASURED", ("cpu",))
-    x, gates = torch.randn(6, 16), torch.rand(12)
-    w1, w2 = torch.randn(3, 2, 16, 16), torch.randn(3, 16, 16)
+    x, gates, w1, w2 = layer_inputs()
     plan = plan_choice(torch.randint(0, 3, (6, 2)), 3)
     y = expert_mlp.expert_mlp(x, gates, w1, w2, plan, kind="swiglu")
     (entry,) = json.loads(choice.choices_file().read_text()).items()

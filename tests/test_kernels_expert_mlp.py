@@ -359,8 +359,10 @@ def test_op_is_consistent_and_compiles_whole(engine: str) -> None:
     plan = moved(case.plan, device)
     x, gates, w1, w2 = case.leaves(torch.float32, device)
     tensors = (plan.tokens, plan.order, plan.where, plan.offsets, plan.per_token)
-    args = (x, w1, w2, plan.counts, gates, *tensors, "swiglu", backend, True)
-    torch.library.opcheck(torch.ops.moesaic.expert_mlp.default, args)
+    lying = x.detach().T.contiguous().T.requires_grad_()  # the same numbers, column by column
+    for given in (x, lying):
+        args = (given, w1, w2, plan.counts, gates, *tensors, "swiglu", backend, True)
+        torch.library.opcheck(torch.ops.moesaic.expert_mlp.default, args)
 
     def layer(x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         return expert_mlp(x, gates, w1, w2, plan, kind="swiglu", backend=backend)

@@ -198,6 +198,6 @@ def test_the_host_waits_once_per_layer() -> None:
             torch.cuda.set_sync_debug_mode("warn")
             go()
             torch.cuda.set_sync_debug_mode("default")
-        assert len([found for found in caught if "synchroniz" in str(found.message)]) == 1
+        assert len([found for found in caught if "called a synchronizing" in str(found.message)]) == 1
     finally:
         dist.destroy_process_group()

@@ -61,14 +61,14 @@ class Remembering(Protocol):
 @torch.no_grad()
 def balance_bias(model: Transformer, state: StepState) -> dict[str, float]:
     """Step every router's selection bias towards equal load (arXiv:2408.15664, algorithm 1)."""
-    largest = 0.0
+    largest: list[Tensor] = []
     for layer, counts in state.counts.items():
         router = sparse_layer(model, layer).router
         if not isinstance(router, TopKRouter):
             continue
         router.bias.copy_(balanced_bias(router.bias, counts, router.config.bias_rate))
-        largest = max(largest, router.bias.abs().max().item())
-    return {"router/largest_bias": largest}
+        largest.append(router.bias.abs().max())
+    return {"router/largest_bias": torch.stack(largest).max().item() if largest else 0.0}
 
 
 @dataclass

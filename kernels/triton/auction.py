@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moesaic.kernels.auction import FAR, LEVELS, PER_LEVEL, PRICE_LIMIT, ROUNDS, UNREACHED
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.variant import Variant
 
 NOTHING, DITHERED, PLAIN, LAST = 0, 1, 2, 3
@@ -264,6 +265,7 @@ def repair_kernel(
             at_expert = tl.load(parents + at_expert)
 
 
+@on_its_device
 def assign(
     values: Int[Tensor, "T E"], scale: Int[Tensor, ""], dither: Int[Tensor, "T E"], quota: Int[Tensor, " E"]
 ) -> Int[Tensor, " T"]:
@@ -274,22 +276,21 @@ def assign(
     state, fewest = values.new_empty(len(KINDS), 4, E), values.new_empty(len(KINDS))
     counts, choice = values.new_zeros(len(KINDS), E), values.new_empty(T)
     tokens = _sizes(E)["ROWS"]
-    with torch.cuda.device_of(values):
-        for turn, (before, kind) in enumerate(KINDS):
-            round_kernel[(triton.cdiv(T, tokens),)](
-                values, dither, quota, scale, state, counts, fewest, choice, turn, T, E,
-                **_round_constants(E, before, kind), **LAUNCH,
-            )  # fmt: skip
-        count = counts[-1]
-        order = choice.argsort(stable=True).int()
-        offsets = torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
-        cost = values.new_empty(E, E)
-        cost_kernel[(E,)](values, order, offsets, cost, E, **_cost_constants(E), **LAUNCH)
-        distances, parents = values.new_empty(E, dtype=torch.int64), values.new_empty(E)
-        repair_kernel[(1,)](
-            values, choice, quota, count, cost, distances, parents, order, T, E,
-            **_repair_constants(E), **LAUNCH,
+    for turn, (before, kind) in enumerate(KINDS):
+        round_kernel[(triton.cdiv(T, tokens),)](
+            values, dither, quota, scale, state, counts, fewest, choice, turn, T, E,
+            **_round_constants(E, before, kind), **LAUNCH,
         )  # fmt: skip
+    count = counts[-1]
+    order = choice.argsort(stable=True).int()
+    offsets = torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
+    cost = values.new_empty(E, E)
+    cost_kernel[(E,)](values, order, offsets, cost, E, **_cost_constants(E), **LAUNCH)
+    distances, parents = values.new_empty(E, dtype=torch.int64), values.new_empty(E)
+    repair_kernel[(1,)](
+        values, choice, quota, count, cost, distances, parents, order, T, E,
+        **_repair_constants(E), **LAUNCH,
+    )  # fmt: skip
     return choice.long()
 
 
@@ -329,16 +330,21 @@ def variants() -> list[Variant]:
     )
     repair_types |= {"distances": "*i64", "T": "i32", "E": "i32"}
     aligned = frozenset(["T", "E"])
+    nvidia = ("sm_80", "sm_90", "sm_100")  # on other GPUs plain torch serves
     made = []
+
+    def add(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, int]) -> None:
+        made.append(Variant(name, kernel, signature, constants, WARPS, aligned=aligned, targets=nvidia))
+
     for experts in (16, 64, 128, 512):
         for before, kind in sorted(set(KINDS)):
             constants = _round_constants(experts, before, kind)
             name = f"auction_round_{before}{kind}_e{experts}"
-            made.append(Variant(name, round_kernel, round_types, constants, WARPS, aligned=aligned))
+            add(name, round_kernel, round_types, constants)
         constants = _cost_constants(experts)
         name = f"auction_cost_e{experts}"
-        made.append(Variant(name, cost_kernel, cost_types, constants, WARPS, aligned=aligned))
+        add(name, cost_kernel, cost_types, constants)
         constants = _repair_constants(experts)
         name = f"auction_repair_e{experts}"
-        made.append(Variant(name, repair_kernel, repair_types, constants, WARPS, aligned=aligned))
+        add(name, repair_kernel, repair_types, constants)
     return made

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.variant import Variant
 
 MOST_UNROLLED = 16
@@ -76,6 +77,7 @@ def gate_gradient_kernel(partial, where, out, R, tiles, BLOCK: tl.constexpr):
     tl.store(out + assignment, total.to(out.dtype.element_ty), mask=own)
 
 
+@on_its_device
 def combine(
     rows: Tensor, where: Tensor, offsets: Tensor, weights: Tensor | None, per_token: int | None
 ) -> Tensor:
@@ -133,6 +135,7 @@ def combine_backward_kernel(
     tl.store(grad_weights + assignment, total.to(grad_weights.dtype.element_ty), mask=own)
 
 
+@on_its_device
 def combine_gradients(
     grad: Tensor, rows: Tensor, weights: Tensor, tokens: Tensor, where: Tensor
 ) -> tuple[Tensor, Tensor]:

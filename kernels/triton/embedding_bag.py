@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.reverse_index import LARGEST_D, TYPES, block_d, warps
 from moesaic.kernels.triton.variant import Variant
 
@@ -47,6 +48,7 @@ def _bag_dots(table, slots, vectors, out, per_token, dim, BLOCK_S: tl.constexpr,
     tl.store(out + t * per_token + s, tl.sum(total, 1), mask=s < per_token)
 
 
+@on_its_device
 def bag_sums(table: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """`out[t] = sum of weights[t, s] * table[slots[t, s]]`; sums are formed in the weights' type."""
     (tokens, per_token), dim = slots.shape, table.shape[1]
@@ -68,6 +70,7 @@ def bag_sums(table: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype) 
     return out
 
 
+@on_its_device
 def bag_dots(table: Tensor, slots: Tensor, vectors: Tensor, out: Tensor) -> None:
     """Write `out[t, s] = table[slots[t, s]] . vectors[t]`, formed in the type of `out`."""
     (tokens, per_token), dim = slots.shape, table.shape[1]

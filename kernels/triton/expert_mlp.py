@@ -20,6 +20,7 @@ from moesaic.kernels.triton.combine import (
     gate_gradient_kernel,
     gate_gradients,
 )
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.grouped import (
     GROUP_M,
     Blocks,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from moesaic.kernels.plan import Routes
 
 
+@on_its_device
 def forward(
     x: Tensor,
     w1: Tensor,
@@ -58,17 +60,17 @@ def forward(
     rows = x.shape[0] if tokens is None else tokens.shape[0]
     x, w1, w2, counts = x.contiguous(), w1.contiguous(), w2.contiguous(), counts.contiguous()
     table = constants(x.device, x.dtype, rows // w1.shape[0])
-    with torch.cuda.device_of(x):
-        tiles = cut_rows(counts, rows, table["hidden"].m)
-        first = table["hidden" if w1.shape[1] == 2 else "hidden, one matrix"]
-        hidden, active = hidden_layer(x, w1, tokens, tiles, rows, first, kind=kind)
-        out = product(active, w2, tiles, deep(table, active), transposed=True)
-        if routes is not None:
-            gates = routes.gates.contiguous()
-            out = combine(out, routes.where, routes.offsets, gates, routes.per_token)
+    tiles = cut_rows(counts, rows, table["hidden"].m)
+    first = table["hidden" if w1.shape[1] == 2 else "hidden, one matrix"]
+    hidden, active = hidden_layer(x, w1, tokens, tiles, rows, first, kind=kind)
+    out = product(active, w2, tiles, deep(table, active), transposed=True)
+    if routes is not None:
+        gates = routes.gates.contiguous()
+        out = combine(out, routes.where, routes.offsets, gates, routes.per_token)
     return out, hidden if keep else hidden.new_empty(0)
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -87,21 +89,20 @@ def backward(
     tokens, order, gates = (
         (None,) * 3 if routes is None else (routes.tokens, routes.order, routes.gates.contiguous())
     )
-    with torch.cuda.device_of(x):
-        tiles = cut_rows(counts, rows, table["hidden"].m)
-        blocks = table["gradient"]
-        if x.shape[1] % blocks.k or w2.shape[2] % blocks.n:
-            blocks = table.get("gradient, uneven", blocks)
-        grad_hidden, active, partial = hidden_gradient(
-            grad, w2, hidden, tokens, order, gates, tiles, blocks, kind=kind
-        )
-        grad_gates = None if routes is None else gate_gradients(partial, routes.where, routes.gates.dtype)
-        grad_w2 = outer(grad, active, tokens, counts, tiles.starts, table["outer"], gather="left")
-        del active, partial
-        grad_w1 = outer(grad_hidden, x, tokens, counts, tiles.starts, table["outer"], gather="right")
-        grad_x = product(grad_hidden, w1.flatten(1, 2), tiles, deep(table, grad_hidden), transposed=False)
-        if routes is not None:
-            grad_x = combine(grad_x, routes.where, routes.offsets, None, routes.per_token)
+    tiles = cut_rows(counts, rows, table["hidden"].m)
+    blocks = table["gradient"]
+    if x.shape[1] % blocks.k or w2.shape[2] % blocks.n:
+        blocks = table.get("gradient, uneven", blocks)
+    grad_hidden, active, partial = hidden_gradient(
+        grad, w2, hidden, tokens, order, gates, tiles, blocks, kind=kind
+    )
+    grad_gates = None if routes is None else gate_gradients(partial, routes.where, routes.gates.dtype)
+    grad_w2 = outer(grad, active, tokens, counts, tiles.starts, table["outer"], gather="left")
+    del active, partial
+    grad_w1 = outer(grad_hidden, x, tokens, counts, tiles.starts, table["outer"], gather="right")
+    grad_x = product(grad_hidden, w1.flatten(1, 2), tiles, deep(table, grad_hidden), transposed=False)
+    if routes is not None:
+        grad_x = combine(grad_x, routes.where, routes.offsets, None, routes.per_token)
     return grad_x, grad_w1.view_as(w1), grad_w2, grad_gates
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.variant import Variant
 
 BLOCK, CHUNK, WARPS = 256, 16, 8
@@ -96,6 +97,7 @@ def serves(experts: Tensor, num_experts: int) -> bool:
     return num_experts <= MOST_EXPERTS and experts.shape[0] < 2**31 - BLOCK
 
 
+@on_its_device
 def sort(
     experts: Tensor, tokens: Tensor | None, width: int, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.variant import Variant
 
 BLOCK_R = 8
@@ -49,6 +50,7 @@ def _sum_runs(
         tl.store(out + key * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def sum_runs(source: Tensor, coefficients: Tensor, order: Tensor, keys: Tensor, out: Tensor) -> None:
     """Write into `out[k]` the sum of `coefficients[r] * source[token of r]` over the reads r with key k."""
     reads, dim = keys.shape[0], source.shape[1]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.triton.device import on_its_device
 from moesaic.kernels.triton.variant import Variant
 
 MOST_EXPERTS, MOST_CHOSEN = 512, 64
@@ -197,6 +198,7 @@ def warps(num_experts: int) -> int:
     return 4 if num_experts <= 64 else 1
 
 
+@on_its_device
 def choose(
     logits: Tensor, bias: Tensor, k: int, sigmoid: bool, after: bool, groups: int, kept: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,16 +231,18 @@ def choose(
     return weights, probabilities, experts
 
 
+@on_its_device
 def choose_backward(
+    probabilities: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    logits: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
-    saved: tuple[Tensor | None, Tensor, Tensor, Tensor],
     after: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits in fp32. Grads: of weights and probabilities. Saved: logits, which only sigmoids have;
-    weights, probabilities, experts."""
+    """The gradient of the logits in fp32. Only sigmoids have `logits`. Grads: of weights and probabilities."""
     grad_weights, grad_probabilities = grads
-    logits, weights, probabilities, experts = saved
     (tokens, num_experts), k = probabilities.shape, experts.shape[1]
     grad_logits = torch.empty_like(probabilities)
     sizes = blocks(num_experts, k)
