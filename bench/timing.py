@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -54,6 +55,13 @@ class Timings:
         """Seconds of `name` divided by seconds of `to`, formed round by round; above 1: `name` is slower."""
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return Quartiles.of([mine / other for mine, other in pairs])
+
+
+def refuse_other_results(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """ValueError where a result is further off than `tolerance` times the largest value it should have; NaN is."""
+    error, largest = (got.float() - want.float()).abs().max().item(), want.float().abs().max().item()
+    if not error <= tolerance * largest:
+        raise ValueError(f"{name}: differs by {error:.1e} of {largest:.1e}; no times for different functions")
 
 
 def interleave(

@@ -55,7 +55,7 @@ def remembered(key: str, candidates: Collection[str]) -> str | None:
     """What was chosen of these before, if anything was."""
     path = choices_file()
     known = _chosen.get((path, key)) or _read(path).get(key, {}).get("chosen")
-    if known not in candidates:
+    if known is None or known not in candidates:
         return None
     _chosen[path, key] = known
     return known

@@ -66,11 +66,12 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def account(config: Transformer.Config, vocab: int, *, seq_len: int) -> Accounting:
-    """Count. A layer that shares its bank adds arithmetic but no parameters."""
+    """Count. A layer that shares its bank adds arithmetic but no parameters; an expert of the bank is idle where no
+    layer can have chosen it."""
     model = meta_model(config, vocab)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.embedding.numel() + (0 if model.head is None else model.head.numel())
-    idle, experts = 0, 0
+    users: dict[object, list[MoE]] = {}
     head = vocab * config.dim
     products = head
     for block in model.blocks:
@@ -83,13 +84,12 @@ def account(config: Transformer.Config, vocab: int, *, seq_len: int) -> Accounti
         per_expert = expert_size(ffn, config.dim)
         products += shape.router.k * per_expert + ffn.router.gate.numel()
         products += 0 if ffn.shared is None else ffn.shared.w1.numel() + ffn.shared.w2.numel()
-        if ffn.bank is not None:
-            experts += shape.num_experts * per_expert
-            users = [
-                b.ffn for b in model.blocks if isinstance(b.ffn, MoE) and b.ffn.experts.source is ffn.bank
-            ]
-            used = sum(user.config.router.k for user in users)
-            idle += max(0, shape.num_experts - used) * per_expert
+        users.setdefault(ffn.experts.source, []).append(ffn)
+    idle, experts = 0, 0
+    for layers in users.values():
+        number, per_expert = layers[0].config.num_experts, expert_size(layers[0], config.dim)
+        experts += number * per_expert
+        idle += max(0, number - sum(layer.config.router.k for layer in layers)) * per_expert
     attention = config.layers * 2 * config.heads * config.channels * (seq_len + 1) // 2
     forward = 2 * (products + attention)
     return Accounting(parameters, embedding, parameters - idle, experts, forward, 3 * forward)

@@ -22,7 +22,6 @@ def apportion(
     if (totals > most.sum(1)).any() or (totals < 0).any():
         row = int(np.argmax((totals > most.sum(1)) | (totals < 0)))
         raise ValueError(f"row {row}: {totals[row]} do not fit into entries of up to {most[row].max()}")
-    quotas = np.zeros(weights.shape)
     free = np.ones(weights.shape, bool)
     while True:  # every turn bounds at least one entry more
         rest = totals - (most * ~free).sum(1)

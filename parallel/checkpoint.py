@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
+from moesaic.parallel.ranks import waiting_for
 from moesaic.parallel.storage import (
     CODES,
     CheckpointError,
@@ -369,7 +370,8 @@ def _agreed(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
         error = raised
     if _distributed():
         errors: list[CheckpointError | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, error, group=group)
+        with waiting_for("what all ranks say of a checkpoint", group):
+            dist.all_gather_object(errors, error, group=group)
         error = next((each for each in errors if each is not None), None)
     if error is not None:
         raise error

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.kernels.plan import plan_choice
@@ -24,7 +24,7 @@ from moesaic.parallel.banks import Gather, OwnedBank
 from moesaic.parallel.costs import LONGEST, Costs
 from moesaic.parallel.own import layers_of
 from moesaic.parallel.placement import Present
-from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.ranks import Ranks, waiting_for
 from moesaic.parallel.slots import Slots, slots_of
 
 FEWEST_ROUNDS, MOST_ROUNDS, ENOUGH = 3, 20, 0.05
@@ -34,6 +34,8 @@ FEW, MANY = 256, 1024
 rows seem dearer than those of a real step."""
 MOST = 4
 """Experts of a rank that take part."""
+EXCHANGES = "exchanges that are measured"
+"""What a rank waits for here."""
 PATIENCE = 0.3
 """Seconds of a pass with few tokens beyond which many are not tried."""
 
@@ -186,8 +188,12 @@ class _Layer:
         given = given.to(self.dtype)
         send = [len(given) if other == (rank + hop) % ranks else 0 for other in range(ranks)]
         receive = [len(given) if other == (rank - hop) % ranks else 0 for other in range(ranks)]
-        group = self.dispatcher.group
-        return lambda: dist.all_to_all_single(torch.empty_like(given), given, receive, send, group=group)
+        return lambda: self.exchange(given, receive, send)
+
+    def exchange(self, given: Tensor, *splits: list[int]) -> None:
+        """Rows to their ranks; `splits`: how many come from and go to each, where not as many to all."""
+        with waiting_for(EXCHANGES, self.dispatcher.group):
+            dist.all_to_all_single(torch.empty_like(given), given, *splits, group=self.dispatcher.group)
 
     def give_back(self, wanted: Present) -> None:
         """Gradients of these copies to the owners, who add them."""
@@ -209,11 +215,11 @@ class _Layer:
 
     def message(self) -> float:
         """Latency of one of the messages of an exchange, beyond that of an exchange in which nobody sends anything."""
-        group, ranks = self.dispatcher.group, self.topology.ranks
+        ranks = self.topology.ranks
 
         def exchange(length: int) -> float:
             given = torch.zeros(ranks * length, device=self.bank.table.master.device)
-            return self.seconds(lambda: dist.all_to_all_single(torch.empty_like(given), given, group=group))
+            return self.seconds(lambda: self.exchange(given))
 
         return max(0.0, exchange(1) - exchange(0)) / max(1, ranks - 1)
 
@@ -223,7 +229,8 @@ class _Layer:
 
         def once() -> float:
             self.wait()
-            dist.barrier(self.dispatcher.group)
+            with waiting_for(EXCHANGES, self.dispatcher.group):
+                dist.barrier(self.dispatcher.group)
             began = time.perf_counter()
             run()
             self.wait()
@@ -231,7 +238,8 @@ class _Layer:
 
         def slowest(taken: Sequence[float]) -> list[float]:
             every = torch.tensor(taken, dtype=torch.float64, device=self.bank.table.master.device)
-            dist.all_reduce(every, op=dist.ReduceOp.MAX, group=self.dispatcher.group)
+            with waiting_for(EXCHANGES, self.dispatcher.group):
+                dist.all_reduce(every, op=dist.ReduceOp.MAX, group=self.dispatcher.group)
             return every.tolist()
 
         once()

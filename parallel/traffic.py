@@ -120,11 +120,12 @@ def dense_bytes(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: to
 
     `weights`: every micro-batch gathers each unit for its forward pass and again for its backward pass, and what is in
     no unit once; recomputation gathers nothing more. (The first step after an evaluation may find the latter gathered.)
-    `gradients`: of sharded matrices, scattered over the shards and summed over the copies; of small parameters, summed
-    over all ranks; of experts, summed over the copies. A sum of n bytes over P ranks sends 2 (P - 1) n, as a ring does.
+    `gradients`: of sharded matrices, scattered over the shards and summed over the replicas; of small parameters,
+    summed over all ranks; of experts, summed over the replicas. A sum of n bytes over P ranks sends 2 (P - 1) n, as a
+    ring does.
     """
     assert ranks.mesh is not None
-    shards, copies = ranks.mesh["dp_shard"].size(), ranks.mesh["dp_replicate"].size()
+    shards, replicas = ranks.mesh["dp_shard"].size(), ranks.mesh["dp_replicate"].size()
     small, owned = replicated_parameters(model), owned_parameters(model)
     elsewhere = {id(parameter) for parameter in (*small, *owned)}
     units = [module for module in sharded_modules(model) if module is not model]
@@ -137,11 +138,11 @@ def dense_bytes(model: nn.Module, ranks: Ranks, *, micro_batches: int, dtype: to
         length = parameter.shape[shard_dim(parameter.shape, shards)]
         padded = parameter.numel() // length * -(-length // shards) * shards
         gathers = micro_batches * (2 if id(parameter) in in_units else 1)
-        weights += gathers * copies * (shards - 1) * padded * dtype.itemsize
-        gradients += (copies * (shards - 1) + 2 * (copies - 1)) * padded * wide
+        weights += gathers * replicas * (shards - 1) * padded * dtype.itemsize
+        gradients += (replicas * (shards - 1) + 2 * (replicas - 1)) * padded * wide
     gradients += 2 * (ranks.size - 1) * sum(parameter.nbytes for parameter in small)
     for table in slot_tables(model):
         experts = sum(part.num_experts for part in table.owned.values())
         row = table.master.shape[1] * table.master.element_size()
-        gradients += 2 * (copies - 1) * experts * row
+        gradients += 2 * (replicas - 1) * experts * row
     return {"weights": weights, "gradients": gradients}

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from moesaic.parallel.collectives import Arrived, Rows, Steps, Transfer, Wanted, exchange, uploaded
 from moesaic.parallel.placement import Topology
+from moesaic.parallel.ranks import waiting_for
 
 Numbers = Int64[np.ndarray, " n"]
 Pieces = Bool[np.ndarray, "peers E S"]
@@ -269,15 +270,16 @@ def _moves(rule: Callable[[Numbers, Numbers], Pieces], me: int, peers: Numbers) 
 
 def make_groups(group: dist.ProcessGroup, size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Groups of this rank: of its node, `size` consecutive ranks of `group`, and of its number in the nodes."""
-    copies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(copies, dist.get_process_group_ranks(group))
+    replicas: list[Any] = [None] * dist.get_world_size()
     found = []
-    # a group must be made by all ranks of the run, its members or not, in one order
-    for ranks in sorted({tuple(copy) for copy in copies}):
-        nodes = np.array(ranks).reshape(-1, size)
-        for members in [*nodes.tolist(), *nodes.T.tolist()]:
-            made = dist.new_group(members)
-            if dist.get_rank() in members:
-                found.append(made)
+    with waiting_for("groups of ranks within and across nodes"):
+        dist.all_gather_object(replicas, dist.get_process_group_ranks(group))
+        # a group must be made by all ranks of the run, its members or not, in one order
+        for ranks in sorted({tuple(replica) for replica in replicas}):
+            nodes = np.array(ranks).reshape(-1, size)
+            for members in [*nodes.tolist(), *nodes.T.tolist()]:
+                made = dist.new_group(members)
+                if dist.get_rank() in members:
+                    found.append(made)
     near, across = found
     return near, across

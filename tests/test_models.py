@@ -259,12 +259,14 @@ def test_accounting_counts_real_parameters(variant: str) -> None:
     touched = 0
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None
-        if ".bank." in name:
+        if ".bank." in name or name.startswith("banks."):
             touched += sum(
                 expert.numel() for expert, g in zip(parameter, parameter.grad, strict=True) if g.any()
             )
         else:
             touched += parameter.numel()
+    in_banks = [p for name, p in net.named_parameters() if ".bank." in name or name.startswith("banks.")]
+    assert counted.expert_parameters == sum(p.numel() for p in in_banks)
     assert touched <= counted.active_parameters
     if variant != "shared_bank":  # two layers may happen to choose the same expert of a shared bank
         assert touched == counted.active_parameters

@@ -129,11 +129,13 @@ class Checkpoints:
         one that is whole does not fit the tensors, which then are unchanged.
         """
         from moesaic.parallel import checkpoint
+        from moesaic.parallel.ranks import waiting_for
 
         self.wait()
         steps = [self.steps()]
         if self._group is not None:
-            dist.broadcast_object_list(steps, src=0, group=self._group)
+            with waiting_for("the first rank's list of checkpoints", self._group):
+                dist.broadcast_object_list(steps, src=0, group=self._group)
         for step in reversed(steps[0]):
             try:
                 return checkpoint.load(self.path(step), into, group=self._group)

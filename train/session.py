@@ -4,6 +4,7 @@ The order matters: whatever can be refused is refused before data is prepared or
 wrote is ever overwritten.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -219,8 +220,6 @@ def keep_data_facts(folder: Path, prepared: Prepared | Mixture) -> None:
 
     Raises ValueError where the tokenizer is another one: the model's tokens would mean something else.
     """
-    import json
-
     kept = folder / "tokenizer"
     if kept.exists():
         if load_tokenizer(kept).digest != prepared.tokenizer.digest:

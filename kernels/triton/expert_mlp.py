@@ -112,9 +112,8 @@ ROLES = ("hidden", "hidden, one matrix", "product", "deep product", "gradient", 
 TABLES = {
     # For Hopper's asynchronous tensor cores: 3 buffers of 48 KiB once, or of 32 KiB twice. Registers are what limits:
     # these are the largest tiles that do not spill. Tiles copied by TMA free those that hold addresses, except in
-    # "gradient", which then spills with 4 warps. What a GPU should be asked first: 4 stages for the large tiles;
-    # "gradient" as (128, 256, 64, 8, 3, 1, parts=4), which reads less from L2 but overlaps no epilogue, or as
-    # (128, 128, 64, 8, 4, 1, parts=4, tma=True); "hidden" as (128, 64, 64, 4, 3, 2), the reverse.
+    # "gradient", which then spills with 4 warps. What a GPU should be asked is in bench/moe_tune.py: 4 stages;
+    # "gradient" with 256 columns, which reads less from L2 but overlaps no epilogue; "hidden" with 64, the reverse.
     "many rows": {
         "hidden": Blocks(128, 128, 64, 8, 3, parts=4, tma=True),
         "hidden, one matrix": Blocks(128, 256, 64, 8, 3, tma=True),
