@@ -26,7 +26,6 @@ from moesaic.data.prepared import FORMAT_VERSION, MANIFEST
 from moesaic.data.shards import (
     Entry,
     Fate,
-    Replaced,
     encode_shard,
     is_encoded,
     read_index,
@@ -36,6 +35,7 @@ from moesaic.data.shards import (
 )
 from moesaic.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from moesaic.data.workers import Workers
+from moesaic.kernels.files import Replaced
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total); the units differ by stage."""

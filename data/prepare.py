@@ -28,11 +28,11 @@ from moesaic.data.corpora import Source, list_sources
 from moesaic.data.errors import DataError
 from moesaic.data.mixture import Mixture, shares
 from moesaic.data.prepared import FORMAT_VERSION, Prepared, open_prepared
-from moesaic.data.shards import Replaced
 from moesaic.data.tokenizer import Tokenizer, expected_vocab, given_tokenizer, load_tokenizer, train_bpe
 from moesaic.data.tokens import build_tokens, list_tokens, open_tokens, tokens_tokenizer
 from moesaic.data.workers import Workers
 from moesaic.kernels.cache import cache_folder
+from moesaic.kernels.files import Replaced
 
 __all__ = ["Report", "cache_root", "prepare", "vocab_of"]
 

@@ -5,9 +5,7 @@ preparation goes on where it was: `00000.text` with `00000.index` (its documents
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -18,6 +16,7 @@ import numpy as np
 from moesaic.data.corpora import Source, read
 from moesaic.data.errors import DataError
 from moesaic.data.tokenizer import Tokenizer, load_tokenizer
+from moesaic.kernels.files import Replaced
 
 PIECE = 1 << 22
 """Characters that are encoded at once; a longer document is encoded in pieces that end with a line."""
@@ -137,23 +136,6 @@ def read_parts(folder: Path, number: int) -> Iterator[Part]:
     for entry, fate, count, size in table.tolist():
         yield Part(entry, Fate(fate), tokens[at : at + count], size)
         at += count
-
-
-class Replaced:
-    """`with Replaced(path) as temporary`: the file appears under its name only if the block succeeds."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            with suppress(OSError):
-                self.temporary.unlink(missing_ok=True)
 
 
 def _sides(text: str, fate: Fate, tail: float) -> list[tuple[str, Fate]]:

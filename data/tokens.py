@@ -19,9 +19,9 @@ from moesaic.data.config import ByteTokenizer, TokensData
 from moesaic.data.corpora import Source, find_files
 from moesaic.data.errors import DataError
 from moesaic.data.prepared import FORMAT_VERSION, Prepared, damaged, read_manifest
-from moesaic.data.shards import Replaced
 from moesaic.data.tokenizer import Bytes, Ids, Tokenizer, read_tokenizer
 from moesaic.data.workers import Workers
+from moesaic.kernels.files import Replaced
 
 PIECES = "pieces.npz"
 CHUNK = 1 << 22

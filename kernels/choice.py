@@ -4,7 +4,6 @@ The file makes a choice last: a run that is resumed on the same machine computes
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from moesaic.kernels.cache import cache_folder
+from moesaic.kernels.files import Replaced
 
 ROUNDS = 3
 _chosen: dict[tuple[Path, str], str] = {}
@@ -96,9 +96,8 @@ def _keep(path: Path, key: str, chosen: str, seconds: Mapping[str, float | None]
     path.parent.mkdir(parents=True, exist_ok=True)
     milliseconds = {name: None if value is None else round(1e3 * value, 4) for name, value in seconds.items()}
     entries = _read(path) | {key: {"chosen": chosen, "ms": milliseconds}}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(entries, file, indent=1, sort_keys=True)
-    Path(file.name).replace(path)
+    with Replaced(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
 
 
 @cache

@@ -6,7 +6,6 @@ and no text; numpy only.
 Dims: N steps, L layers, S sources, E experts.
 """
 
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
+
+from moesaic.kernels.files import Replaced
 
 VERSION = 1
 """Of the file's format."""
@@ -86,9 +87,8 @@ class RoutingTrace:
     def save(self, path: Path) -> None:
         """Write all of the file or nothing. TraceError where it cannot be written."""
         wide = self.counts.max() >= 1 << 31
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            with temporary.open("wb") as file:
+            with Replaced(path, durable=True) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(
                     file,
                     version=np.int64(VERSION),
@@ -97,9 +97,6 @@ class RoutingTrace:
                     layers=self.layers.astype(np.int64),
                     k=np.int64(self.k),
                 )
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
         except OSError as error:
             raise TraceError(
                 f"{path}: cannot be written ({error.strerror}); give another path, or free some space"

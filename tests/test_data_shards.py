@@ -9,7 +9,6 @@ from moesaic.data.corpora import Source
 from moesaic.data.errors import DataError
 from moesaic.data.shards import (
     Fate,
-    Replaced,
     encode_shard,
     read_index,
     read_parts,
@@ -103,20 +102,3 @@ def test_unreadable_files_stop_or_are_skipped(tmp_path: Path) -> None:
     Bytes().save(tmp_path / "tokenizer")
     encode_shard(tmp_path, 0, [], 0.1)
     assert list(read_parts(tmp_path, 0)) == []
-
-
-def fail_after_writing(path: Path) -> None:
-    path.write_text("half")
-    path.parent.read_text()
-
-
-def test_replaced_is_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(IsADirectoryError), Replaced(path) as temporary:
-        fail_after_writing(temporary)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert path.read_text() == "old"
-    with Replaced(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic import __version__
+from moesaic.kernels.files import Replaced
 from moesaic.train.charts import Curve, load_chart
 from moesaic.train.figures import Chart, Named, Table, chart, or_dash, plain, smoothed
 from moesaic.train.rank_charts import MOST_WAIT
@@ -60,10 +61,9 @@ class Fact:
 def write_report(logs: Sequence[RunLog], path: Path) -> None:
     """Draw one run, or several in the same charts, into `path`. ReportError where the file cannot be written."""
     page = render(logs)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
+        with Replaced(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ReportError(
             f"{path}: cannot be written ({error.strerror}); give another file with --out"

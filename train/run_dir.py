@@ -31,6 +31,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from moesaic.kernels.files import Replaced
+
 RESUMABLE = (
     "name",
     "dir",
@@ -49,7 +51,6 @@ RESUMABLE = (
 
 _LOCK = ".lock"
 _CONFIG = "config.yaml"
-_TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,9 @@ def holds_run(path: Path) -> bool:
 
 def refuse_existing(path: Path) -> None:
     """Raise ValueError where a new run would lie over something."""
-    if path.is_dir() and any(entry.name not in (_LOCK, _CONFIG + _TEMPORARY) for entry in path.iterdir()):
+    if path.is_dir() and any(
+        entry.name != _LOCK and not entry.name.startswith(_CONFIG + ".") for entry in path.iterdir()
+    ):
         raise ValueError(
             f"{path}: exists already, and a run is never overwritten; continue it with --resume, "
             f"or start another one with name=..."
@@ -279,6 +282,5 @@ def _acquire(path: Path) -> TextIO:
 
 def _write(path: Path, text: str) -> None:
     """Write all of the file or nothing."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with Replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from moesaic.data.mixture import Mixture, open_loader
 from moesaic.data.prepare import prepare, vocab_of
 from moesaic.data.prepared import Prepared
 from moesaic.data.tokenizer import load_tokenizer
+from moesaic.kernels.files import Replaced
 from moesaic.models.accounting import Accounting, account, meta_model
 from moesaic.parallel.ranks import ALONE, Ranks, joined, world_size
 from moesaic.parallel.storage import CheckpointError
@@ -228,10 +229,10 @@ def keep_data_facts(folder: Path, prepared: Prepared | Mixture) -> None:
                 "the settings changed; put them back, or start another run with name=..."
             )
         return
-    (folder / "data.json").write_text(json.dumps(prepared.manifest, indent=1) + "\n", encoding="utf-8")
-    draft = folder / "tokenizer.tmp"  # a kill between its files must not leave half a tokenizer
-    prepared.tokenizer.save(draft)
-    draft.rename(kept)
+    with Replaced(folder / "data.json") as temporary:
+        temporary.write_text(json.dumps(prepared.manifest, indent=1) + "\n", encoding="utf-8")
+    with Replaced(kept) as temporary:  # a kill between its files must not leave half a tokenizer
+        prepared.tokenizer.save(temporary)
 
 
 def restore(

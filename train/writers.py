@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.kernels.files import Replaced
+
 _FLUSH = 5.0
 
 
@@ -76,10 +78,9 @@ class MetricsWriter:
         if dropped or torn:
             with self.path.with_suffix(".dropped.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(dropped)
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            self._file.close()
-            temporary.replace(self.path)
+            with Replaced(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+                self._file.close()
             self._file = self.path.open("a", encoding="utf-8")
         return len(dropped) + torn
 
