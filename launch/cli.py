@@ -330,6 +330,8 @@ def audit(
     recomputation, on uneven documents and padding. Exit code 1 where losses, gradients, norm, or weights and router
     biases after a step differ by more than 1e-10.
     """
+    # before torch looks: autograd has a thread for every GPU that it sees, and a fork of a process with threads fails
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from moesaic.launch.config import read_run
 
     run = read_run(config, overrides or (), world_size=None)

@@ -3,13 +3,29 @@
 Dims: B sequences, S positions, D width, H query heads, J key-value heads, C channels of a head.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesaic.kernels.rotary import normed_rotary
 from moesaic.models.norm import RMSNorm
+
+
+def fused_with_groups(x: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key heads than query heads. On GPUs the only one that many of them have for
+    masks, and the only one for fp32, does not; without a fused kernel all (B, H, S, L) scores would be stored."""
+    return not x.is_cuda or (mask is None and x.dtype != torch.float32)
+
+
+def any_length(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels for keys whose number grows with every token: cuDNN would make a plan for each length."""
+    if not x.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class KeyValues:
@@ -64,12 +80,16 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.extend(k, v)
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
-            enable_gqa=self.splits[0] != self.splits[1],
-        )
+        groups = self.splits[0] // self.splits[1]
+        if groups > 1 and not fused_with_groups(x, mask):
+            k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
+        with any_length(x) if cache is not None else nullcontext():
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None and x.shape[1] > 1,
+                enable_gqa=groups > 1,
+            )
         return F.linear(attended.transpose(1, 2).flatten(-2), self.out.to(x.dtype))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted
+from moesaic.parallel.collectives import Arrived, Collectives, Rows, Transfer, Wanted, uploaded
 from moesaic.parallel.placement import Counts, Present, no_copies
 from moesaic.parallel.slots import SlotTable, runs
 
@@ -264,4 +264,4 @@ def rows_of(experts: Sequence[int], rows: Tensor, lying: Sequence[int]) -> Tenso
     if len(consecutive) == 1:
         _, first, count = consecutive[0]
         return rows[first : first + count]
-    return rows[places]
+    return rows.index_select(0, *uploaded([np.array(places, np.int64)], rows.device))

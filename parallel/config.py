@@ -37,7 +37,7 @@ class OwnedExperts:
     """Which ranks get copies of which experts, for a step (FSSDP, arXiv:2502.02581)."""
     costs: Costs | None = None
     """What the planner reckons with, in picoseconds. None: measured when the run starts, and kept in its checkpoints.
-    Given, two runs make the same plans, and compute the same bit for bit."""
+    Given, two runs make the same plans, and on CPUs the same bits; attention on GPUs may add in another order."""
     rematerialize: bool = False
     """Free copies between a layer's forward and backward pass, and bring them once more: least memory."""
     prefetch: int = 1
@@ -90,7 +90,8 @@ class ParallelConfig:
     recompute: Literal["none", "block"] = "none"
     """`block`: keep only each sub-layer's input and its routing, and compute the rest again in the backward pass."""
     timeout: float = 600.0
-    """Seconds without progress after which a rank gives up on the others."""
+    """Seconds without progress after which a rank gives up on the others: with an error that says for what it waited,
+    or amid NCCL's collectives by NCCL's own abort."""
     compile: bool = False
     """Compile attention, dense feed-forwards and shared experts with torch.compile."""
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.moe.experts import Bank
 from moesaic.moe.layer import MoE
@@ -35,18 +35,14 @@ def own_experts(
     owned = config.owned or OwnedExperts()
     banks = [module for module in model.modules() if isinstance(module, Bank)]
     per_node = agreed(banks, ranks, owned.levels)
-    # groups of their own: rows must not queue behind the gathering of other weights
-    mesh = init_device_mesh(
-        ranks.mesh.device_type, tuple(ranks.mesh.shape), mesh_dim_names=("replicas", "owners")
-    )
-    group = mesh.get_group("owners")
-    limit_waits(mesh.get_all_groups(), config)
-    size, rank = mesh["owners"].size(), mesh.get_local_rank("owners")
+    group = replica_group(ranks.mesh)
+    limit_waits([group], config)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
     owners = owners or even_owners({bank.name: bank.num_experts for bank in banks}, size)
     chosen = owners
     tables = take_banks(banks, lambda bank: chosen.experts(bank, rank))
     topology = Topology(size, min(size, per_node))
-    copying = copying_of(owned, mesh, topology, config)
+    copying = copying_of(owned, ranks.mesh, topology, config)
     named = {
         bank: OwnedBank(bank, table, owners.owners[bank], rank, size, copying)
         for table in tables
@@ -101,13 +97,8 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
 
 def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config: ParallelConfig) -> Copying:
     """How copies travel, in groups of their own; collective over all ranks."""
-    copies, gradients = (
-        [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("replicas")] for _ in range(2)
-    )
-    assert isinstance(copies, dist.ProcessGroup)
-    assert isinstance(gradients, dist.ProcessGroup)
     make = Flat if owned.levels == "one" else lambda group: TwoLevel(group, topology)
-    by_copies, by_gradients = make(copies), make(gradients)
+    by_copies, by_gradients = (make(replica_group(mesh)) for _ in range(2))
     for collectives in (by_copies, by_gradients):
         limit_waits(collectives.groups, config)
     copying = Copying(
@@ -120,6 +111,17 @@ def copying_of(owned: OwnedExperts, mesh: DeviceMesh, topology: Topology, config
     )
     copying.count_steps()
     return copying
+
+
+def replica_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """A new group of the ranks of this one's replica of the model; collective over all ranks.
+
+    A mesh gives the same group to all who ask, and what shares a group waits for each other: rows must not queue behind
+    the gathering of other weights.
+    """
+    made = [dist.new_group(row) for row in mesh.mesh.tolist()][mesh.get_local_rank("dp_replicate")]
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def prefetch_copies(units: Sequence[nn.Module], depth: int, dtype: torch.dtype) -> None:

@@ -126,14 +126,16 @@ def world_size() -> int:
 def joined(config: ParallelConfig):
     """Join the other processes that torchrun started, for the length of a run; yields this process's `Ranks`.
 
-    What they do together raises RankGoneError where one is gone, or has been silent for `config.timeout` seconds.
+    What they do together raises RankGoneError where one is gone, or has been silent for `config.timeout` seconds. Where
+    NCCL carries it, the host only queues it: a rank that goes amid a layer ends the others after that time through
+    NCCL's watchdog, which leaves no chance to raise. Raises ValueError where there are fewer GPUs than processes.
     """
     if world_size() == 1:
         yield ALONE
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     begun = not dist.is_initialized()
     if begun:
         dist.init_process_group(
@@ -145,6 +147,17 @@ def joined(config: ParallelConfig):
         if begun:
             with suppress(RuntimeError):  # where a peer has died, there is nothing left to end
                 dist.destroy_process_group()
+
+
+def own_gpu(found: int) -> int:
+    """The number of this process's GPU. ValueError where it sees fewer than there are processes on its node."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= found:
+        raise ValueError(
+            f"process {local} of this node sees {found} GPU{'' if found == 1 else 's'}, and each process needs one of "
+            "its own; start fewer processes, or let every process see all GPUs of its node"
+        )
+    return local
 
 
 def ranks_of(config: ParallelConfig, device: str) -> Ranks:
@@ -170,6 +183,8 @@ def waiting_for(what: str, group: dist.ProcessGroup | None = None):
     """Communication within raises RankGoneError where it fails. None: the group of all ranks."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # this rank's own
     except RuntimeError as error:
         cause = str(error).partition("\n")[0]
         raise RankGoneError(f"waiting for {what}: {absent(group)} gone or stuck ({cause})") from error

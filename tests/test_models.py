@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.kernels.rotary import rotate
+from moesaic.models import attention
 from moesaic.models.accounting import account
 from moesaic.models.names import logical_tensors
 from moesaic.models.rope import rotations
@@ -156,6 +157,22 @@ def test_cache_gives_the_logits_of_the_whole(variant: str) -> None:
     ]
     pieces += [net(ids[:, t : t + 1], mode="eval", dtype=torch.float64, cache=cache).logits for t in (7, 8)]
     assert largest_error(torch.cat(pieces, 1), whole) < EXACT
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_keys_of_a_group_may_be_repeated(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, whose fused kernels for masks know no groups."""
+    net, ids = model(), tokens(2, 9)
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+
+    def logits() -> Tensor:
+        cache = net.new_cache(2, 9, dtype=torch.float64) if cached else None
+        known = {} if cached else {"documents": documents}
+        return net(ids, mode="eval", dtype=torch.float64, cache=cache, **known).logits
+
+    want = logits()
+    monkeypatch.setattr(attention, "fused_with_groups", lambda *_: False)
+    assert largest_error(logits(), want) < EXACT
 
 
 def run(net: Transformer, ids: Tensor) -> list[Tensor]:

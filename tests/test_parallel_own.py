@@ -16,8 +16,9 @@ from moesaic.launch.config import read_run
 from moesaic.moe.feedforward import FeedForward
 from moesaic.moe.layer import MoE
 from moesaic.moe.topk import TopKRouter
-from moesaic.parallel.config import OwnedExperts
+from moesaic.parallel.config import OwnedExperts, ParallelConfig
 from moesaic.parallel.costs import Costs
+from moesaic.parallel.own import replica_group
 from moesaic.parallel.placement import Counts, Present, Topology, no_copies
 from moesaic.parallel.plans import CustomPlanConfig
 from moesaic.parallel.ranks import ranks_of
@@ -153,6 +154,18 @@ def test_unlike_models_are_refused_on_every_rank(mine: int | None, words: str) -
             f"ValueError: bank 'layer1': 8 experts of 2 x 20 x 24 on rank 0, but {words} on rank 1; every rank "
             "needs the same model: give all the same config"
         )
+
+
+def test_rows_have_a_group_of_their_own() -> None:
+    """A mesh over all ranks hands out the default group, in which rows would queue behind other weights."""
+
+    def work() -> tuple[bool, list[int]]:
+        mesh = ranks_of(ParallelConfig(), "cpu").mesh
+        assert mesh is not None
+        groups = [replica_group(mesh), replica_group(mesh), mesh.get_group("dp_shard")]
+        return len(set(map(id, groups))) == 3, dist.get_process_group_ranks(groups[0])
+
+    assert run_ranks(work, 2) == [(True, [0, 1])] * 2
 
 
 def test_nodes_of_unequal_sizes() -> None:

@@ -16,7 +16,7 @@ from moesaic.moe.topk import TopKRouter
 from moesaic.parallel import spawn
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.parallel.ranks import ALONE, RankError, Ranks, ranks_of
+from moesaic.parallel.ranks import ALONE, RankError, Ranks, own_gpu, ranks_of, waiting_for
 from moesaic.parallel.shard import local, replicated_parameters, sharded_modules, window
 from moesaic.parallel.spawn import RankFailedError, run_ranks
 
@@ -27,6 +27,21 @@ CONFIG = Transformer.Config(
 
 def join() -> Ranks:
     return ranks_of(ParallelConfig(), "cpu")
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_gpu(2) == 1
+    with pytest.raises(
+        ValueError, match="process 1 of this node sees 1 GPU, and each process needs one of its own"
+    ):
+        own_gpu(1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_ranks_own_failure_is_not_anothers(error: type[Exception]) -> None:
+    with pytest.raises(error), waiting_for("rows"):
+        raise error("out of memory")
 
 
 def test_results_come_in_order_of_rank() -> None:

@@ -61,7 +61,7 @@ def test_shipped_configs_pass(name: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, []),
+        (1, ["kernels=triton"]),
         (3, ["parallel.recompute=none", "model.ffn.aux=[{kind: balance, coef: 0.1, scope: micro_batch}]"]),
         (4, ["parallel.dp_replicate=2"]),
         (2, ["parallel.dp_replicate=2", "train.micro_batch_tokens=null"]),

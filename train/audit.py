@@ -159,7 +159,8 @@ def shrunken(run: RunConfig, ranks: int) -> RunConfig:
         )
         parallel = replace(parallel, experts=owned)
     optim = replace(run.optim, ns_dtype="fp32") if isinstance(run.optim, MuonConfig) else run.optim
-    return replace(run, model=config, train=train, data=data, optim=optim, parallel=parallel)
+    sizes = {"model": config, "train": train, "data": data}
+    return replace(run, **sizes, optim=optim, parallel=parallel, kernels="auto")  # in float64, on the CPU
 
 
 def chosen_layers(model: Transformer.Config) -> list[int]:
