@@ -59,7 +59,7 @@ class Timings:
 
 def refuse_other_results(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
     """ValueError where a result is further off than `tolerance` times the largest value it should have; NaN is."""
-    error, largest = (got.float() - want.float()).abs().max().item(), want.float().abs().max().item()
+    error, largest = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
     if not error <= tolerance * largest:
         raise ValueError(f"{name}: differs by {error:.1e} of {largest:.1e}; no times for different functions")
 

@@ -33,12 +33,13 @@ def engine(backend: str, *tensors: Tensor | None) -> Engine:
     device = given.device
     if backend == "triton":
         check(backend, device, given.dtype)
-        return "torch" if isinstance(given, FakeTensor) else "triton"
-    if backend != "auto":
+    elif backend != "auto":
         return "torch"
-    if device.type == "cuda":
-        return "torch" if isinstance(given, FakeTensor) or triton_refusal(device) else "triton"
-    return "cpp" if native.serves(*tensors) else "torch"
+    elif device.type != "cuda":
+        return "cpp" if native.serves(*tensors) else "torch"
+    elif triton_refusal(device):
+        return "torch"
+    return "torch" if isinstance(given, FakeTensor) else "triton"
 
 
 def check(backend: str, device: torch.device, dtype: torch.dtype) -> None:

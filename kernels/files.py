@@ -9,7 +9,8 @@ from pathlib import Path
 class Replaced:
     """`with Replaced(path) as temporary`: a file or folder appears under its name only if the block succeeds.
 
-    A folder takes the place of an empty one only. `durable`: a file survives a loss of power from then on.
+    A folder takes the place of an empty one only. `durable`: a file's content is on the disk before it
+    has its name.
     """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:

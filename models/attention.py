@@ -3,7 +3,7 @@
 Dims: B sequences, S positions, D width, H query heads, J key-value heads, C channels of a head.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,8 @@ def fused_with_groups(x: Tensor, mask: Tensor | None) -> bool:
     return not x.is_cuda or (mask is None and x.dtype != torch.float32)
 
 
-def any_length(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels for keys whose number grows with every token: cuDNN would make a plan for each length."""
-    if not x.is_cuda:
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels for keys whose number grows with every token: cuDNN would make a plan for each length."""
 
 
 class KeyValues:
@@ -83,7 +80,7 @@ class Attention(nn.Module):
         groups = self.splits[0] // self.splits[1]
         if groups > 1 and not fused_with_groups(x, mask):
             k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
-        with any_length(x) if cache is not None else nullcontext():
+        with sdpa_kernel(ANY_LENGTH) if x.is_cuda and cache is not None else nullcontext():
             attended = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 k.transpose(1, 2),

@@ -48,18 +48,20 @@ def test_an_existing_run_is_never_overwritten(tmp_path: Path):
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text()) == RUN
 
 
-def test_any_filled_folder_counts_as_existing(tmp_path: Path):
+@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml.bak"])
+def test_any_filled_folder_counts_as_existing(tmp_path: Path, name: str):
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "thesis.tex").write_text("precious")
+    (tmp_path / "tiny" / name).write_text("precious")
     with pytest.raises(ValueError, match="exists already"):
         RunDir.create(tmp_path / "tiny", text())
-    assert [entry.name for entry in (tmp_path / "tiny").iterdir() if entry.name != ".lock"] == ["thesis.tex"]
+    assert [entry.name for entry in (tmp_path / "tiny").iterdir() if entry.name != ".lock"] == [name]
 
 
-def test_a_start_killed_before_its_config_can_be_started_again(tmp_path: Path):
+@pytest.mark.parametrize("name", ["config.yaml.tmp", "config.yaml.123.tmp"])
+def test_a_start_killed_before_its_config_can_be_started_again(tmp_path: Path, name: str):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / ".lock").write_text("process 1 on nowhere\n")
-    (tmp_path / "tiny" / "config.yaml.tmp").write_text("name: ti")
+    (tmp_path / "tiny" / name).write_text("name: ti")
     with pytest.raises(ValueError, match="holds no run to continue; start it without --resume"):
         RunDir.resume(tmp_path / "tiny", text())
     RunDir.create(tmp_path / "tiny", text()).close()

@@ -26,6 +26,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -210,7 +211,7 @@ def holds_run(path: Path) -> bool:
 def refuse_existing(path: Path) -> None:
     """Raise ValueError where a new run would lie over something."""
     if path.is_dir() and any(
-        entry.name != _LOCK and not entry.name.startswith(_CONFIG + ".") for entry in path.iterdir()
+        entry.name != _LOCK and not fnmatch(entry.name, _CONFIG + "*.tmp") for entry in path.iterdir()
     ):
         raise ValueError(
             f"{path}: exists already, and a run is never overwritten; continue it with --resume, "
